@@ -1,0 +1,224 @@
+"""`skein_attention`: checks, the exact shortcuts, and the choice of the path. Knows nothing of Transformers."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import torch_path
+from .config import SkeinConfig
+from .sketch import adaptive, rows, skeinformer
+from .sketch.baselines import v_mean
+
+
+_SELECT = {"adaptive": adaptive.select, "skeinformer": skeinformer.select}
+
+# An additive mask means padding if it only adds zero or something no logit survives.
+_DROPPED = -1000.0
+
+
+def skein_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    scaling: float | None = None,
+    config: SkeinConfig | None = None,
+    *,
+    query_mask: Tensor | None = None,
+    layer: int = 0,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Bidirectional attention by a sketch whose cost is linear in the length; exact for sequences short enough.
+
+    Every sequence is computed from its valid tokens alone: batch neighbours and padding do not change it. Rows of
+    queries that are padding are zero, unless the whole batch is computed exactly.
+
+    Args:
+        query: `[batch, heads, n_q, p]`, any floating dtype.
+        key: `[batch, kv_heads, n_k, p]`; `kv_heads` divides `heads` (grouped queries).
+        value: `[batch, kv_heads, n_k, pv]`.
+        attention_mask: `[batch, n_k]` (or `[batch, 1, 1, n_k]`): bool or integer 0/1 with 1 for valid keys, or additive
+            float with 0 for valid keys and a large negative number for padding. `None`: every key is valid.
+        scaling: Multiplies the logits; default `p**-0.5`.
+        config: The settings; default `SkeinConfig()`.
+        query_mask: `[batch, n_q]` like `attention_mask`, for the queries. Default: `attention_mask` if `n_q == n_k`
+            (self-attention), else every query is valid. Pass it for cross-attention of equal lengths.
+        layer: Index of the layer: per-layer overrides, and the key of the random numbers.
+        dropout: Probability of dropping an attention weight; pass 0 outside training.
+
+    Returns:
+        `[batch, heads, n_q, pv]`, in the dtype of `query`.
+
+    Raises:
+        ValueError: Shapes, dtypes or the mask do not fit; the message says what was given and what is expected.
+    """
+    config = (config or SkeinConfig()).for_layer(layer)
+    _check_shapes(query, key, value)
+    if scaling is None:
+        scaling = query.shape[-1] ** -0.5
+    n_q, n_k = query.shape[2], key.shape[2]
+    mask = _padding_mask(attention_mask, "attention_mask", query.shape[0], n_k)
+    if query_mask is None:
+        query_mask = mask if n_q == n_k else None
+    else:
+        query_mask = _padding_mask(query_mask, "query_mask", query.shape[0], n_q)
+
+    lengths = [n_k] * query.shape[0] if mask is None else mask.sum(-1).tolist()
+    if config.method == "exact" or max(lengths, default=0) <= config.exact_length:
+        return exact_attention(query, key, value, mask, scaling, dropout)
+    sequences = zip(query.unbind(), key.unbind(), value.unbind(), strict=True)
+    return torch.stack(
+        [
+            _one_sequence(
+                q, k, v, _valid(mask, i), _valid(query_mask, i), scaling=scaling, config=config, layer=layer, dropout=dropout
+            )
+            for i, (q, k, v) in enumerate(sequences)
+        ]
+    )
+
+
+def exact_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, dropout: float = 0.0
+) -> Tensor:
+    """Exact bidirectional attention by PyTorch's fused kernel. Arguments as in `skein_attention`; `mask` is bool.
+
+    A sequence without a valid key gives zeros.
+    """
+    if mask is not None:
+        # Poison in the padding would survive a weight of zero.
+        value = value.masked_fill(~mask[:, None, :, None], 0)
+    output = F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=None if mask is None else mask[:, None, None, :],
+        dropout_p=dropout,
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return output if mask is None else output.masked_fill(~mask.any(-1)[:, None, None, None], 0)
+
+
+def _one_sequence(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    valid: Tensor | None,
+    valid_query: Tensor | None,
+    *,
+    scaling: float,
+    config: SkeinConfig,
+    layer: int,
+    dropout: float,
+) -> Tensor:
+    """`[heads, n_q, p]` of one sequence, its padding taken out and put back."""
+    n_q = query.shape[1]
+    query, key, value = _take(query, valid_query), _take(key, valid), _take(value, valid)
+    if query.shape[1] == 0 or key.shape[1] == 0:
+        output = query.new_zeros(*query.shape[:2], value.shape[-1])
+    elif key.shape[1] <= config.exact_length:
+        output = exact_attention(query[None], key[None], value[None], None, scaling, dropout)[0]
+    else:
+        output = _sketch(query, key, value, scaling, config, layer, dropout).to(query.dtype)
+    return _put_back(output, valid_query, n_q)
+
+
+def _sketch(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float, config: SkeinConfig, layer: int, dropout: float
+) -> Tensor:
+    """`[heads, n_q, p]`, `[kv_heads, n_k, p]`, `[kv_heads, n_k, pv]` of one sequence to `[heads, n_q, pv]`."""
+    if config.method == "vmean":
+        return v_mean(query, value.repeat_interleave(len(query) // len(value), 0))
+    if query.dtype in (torch.float16, torch.bfloat16):
+        query, key, value = query.float(), key.float(), value.float()
+    # Softmax does not change when every key moves by the same vector; centred keys have the smaller logits.
+    key = key - key.mean(-2, keepdim=True).detach()
+    group = len(query) // len(key)
+    key, value = key.repeat_interleave(group, 0), value.repeat_interleave(group, 0)
+    heads = torch.arange(len(query), device=query.device)
+    selection = _SELECT[config.method](query, key, value, scaling, config, layer, heads)
+    if config.backend == "reference":
+        if dropout:
+            raise ValueError('backend="reference" has no dropout; use backend="torch" for training with dropout.')
+        return rows.attend(query, key, value, selection, scaling, config)
+    return torch_path.attend(query, key, value, selection, scaling, config, dropout)
+
+
+def _take(x: Tensor, index: Tensor | slice | None) -> Tensor:
+    return x if index is None else x[:, index]
+
+
+def _put_back(x: Tensor, index: Tensor | slice | None, n: int) -> Tensor:
+    if index is None:
+        return x
+    if isinstance(index, slice):
+        return F.pad(x, (0, 0, 0, n - x.shape[1]))
+    return x.new_zeros(x.shape[0], n, x.shape[2]).index_copy(1, index, x)
+
+
+def _valid(mask: Tensor | None, row: int) -> Tensor | slice | None:
+    """Positions of the valid tokens of one sequence: all, a prefix (no copy needed), or a list."""
+    if mask is None:
+        return None
+    index = mask[row].nonzero().squeeze(-1)
+    if len(index) == mask.shape[1]:
+        return None
+    is_prefix = len(index) == 0 or int(index[-1]) == len(index) - 1
+    return slice(0, len(index)) if is_prefix else index
+
+
+def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
+    if not (query.ndim == key.ndim == value.ndim == 4):
+        raise ValueError(
+            "query, key and value must be [batch, heads, n, p]; got shapes "
+            f"{tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}."
+        )
+    if not query.is_floating_point() or not (query.dtype == key.dtype == value.dtype):
+        raise ValueError(
+            "query, key and value must have one floating dtype; got " f"{query.dtype}, {key.dtype}, {value.dtype}."
+        )
+    fits = (
+        query.shape[0] == key.shape[0] == value.shape[0]
+        and query.shape[-1] == key.shape[-1]
+        and key.shape[1:3] == value.shape[1:3]
+    )
+    if not fits:
+        raise ValueError(
+            "query [batch, heads, n_q, p], key [batch, kv_heads, n_k, p] and value [batch, kv_heads, n_k, pv] do not "
+            f"fit together: got {tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}."
+        )
+    if key.shape[1] == 0 or query.shape[1] % key.shape[1]:
+        raise ValueError(
+            f"The number of query heads must be a multiple of the key heads; got {query.shape[1]} and {key.shape[1]}."
+        )
+
+
+def _padding_mask(mask: Tensor | None, name: str, batch: int, n: int) -> Tensor | None:
+    """`mask` as `[batch, n]` bool with True for valid; None if nothing is padding."""
+    if mask is None:
+        return None
+    if mask.ndim == 4 and mask.shape[1] == mask.shape[2] == 1:
+        mask = mask[:, 0, 0]
+    if mask.ndim != 2 or mask.shape[0] not in (1, batch) or mask.shape[1] != n:
+        raise ValueError(
+            f"{name} must be a padding mask [batch, n] = [{batch}, {n}]; got {tuple(mask.shape)}. A mask that differs "
+            "between queries cannot be sketched: use exact attention."
+        )
+    if mask.is_floating_point():
+        dropped = mask <= _DROPPED
+        if not bool((dropped | (mask == 0)).all()):
+            raise ValueError(
+                f"A float {name} is additive: 0 for valid, {_DROPPED:g} or less for padding. Got values from "
+                f"{mask.min().item():g} to {mask.max().item():g}. Pass 0/1 as bool or integers; a bias cannot be sketched."
+            )
+        mask = ~dropped
+    elif mask.dtype != torch.bool:
+        if not bool(((mask == 0) | (mask == 1)).all()):
+            raise ValueError(
+                f"An integer {name} holds 0 and 1; got values from {mask.min().item()} to {mask.max().item()}."
+            )
+        mask = mask.bool()
+    mask = mask.expand(batch, n)
+    return None if bool(mask.all()) else mask

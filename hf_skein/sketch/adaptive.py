@@ -1,0 +1,49 @@
+"""`method="adaptive"`, the default: routed blocks of queries, each with its own columns."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..config import SkeinConfig
+from .columns import draw_columns, log_value_norm, top_columns
+from .pilots import block_means, log_rms_attention
+from .random import COLUMN_STREAM, uniform
+from .routing import num_blocks, route
+from .rows import Selection
+
+
+@torch.no_grad()
+def select(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, config: SkeinConfig, layer: int, heads: Tensor
+) -> Selection:
+    """Blocks by routing; columns by the block's pilots and the distance of each value from the mean value.
+
+    The score of column `j` in block `g` is `π_g[j] · ‖v_j - mean(V)‖`, with `π_g` the attention of the block's mean query
+    (or the root mean square over several). The first `exact_rows` tokens are exact rows and columns of every block.
+
+    Args:
+        query: `[h, n_q, p]`.
+        key: `[h, n_k, p]`, `n_k > num_columns`.
+        value: `[h, n_k, pv]`.
+        scale: Multiplies the logits.
+        config: The settings.
+        layer: Index of the layer (only for uniform columns, which are drawn).
+        heads: `[h]` indices of the heads (likewise).
+
+    Returns:
+        The selection; columns are `[h, blocks, num_columns]`.
+    """
+    n_heads, n_queries, _ = query.shape
+    blocks = route(query, num_blocks(n_queries, config.block_size, config.max_blocks))
+    if config.column_sampling == "uniform":
+        uniforms = uniform(config.seed, layer, heads, COLUMN_STREAM, key.shape[-2], key.device)
+        columns = draw_columns(torch.zeros_like(uniforms), config.num_columns, uniforms)
+        columns = columns[:, None].expand(-1, len(blocks.filled), -1)
+    else:
+        pilots = block_means(query, blocks, config.num_pilots or 1)
+        value_norm = log_value_norm(value, center=True)[:, None]
+        score = log_rms_attention(pilots, key, scale) + value_norm
+        columns = top_columns(score, config.num_columns, sinks=config.exact_rows)
+    exact_rows = torch.arange(min(config.exact_rows, n_queries), device=query.device).expand(n_heads, -1)
+    return Selection(blocks, columns, exact_rows)

@@ -1,0 +1,55 @@
+"""`method="skeinformer"`: Algorithm 1 of "Sketching as a Tool for Understanding and Accelerating Self-attention for Long
+Sequences" (Chen, Zeng, Hakkani-Tur, Jin, Ji, Yang; NAACL 2022, arXiv 2112.05359)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..config import SkeinConfig
+from .columns import draw_columns, log_value_norm
+from .pilots import log_rms_attention, random_rows
+from .random import COLUMN_STREAM, PILOT_STREAM, uniform
+from .routing import route
+from .rows import Selection
+
+
+def log_column_probability(pilot_query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Eq. 5, `p_i ∝ (Σ_k B[j_k, i]²)^(1/2) · ‖V_i‖` with `B_J = softmax(s Q_J Kᵀ)`, in logarithms.
+
+    Args:
+        pilot_query: `[h, pilots, p]`, the rows `Q_J`.
+        key: `[h, n, p]`.
+        value: `[h, n, pv]`.
+        scale: Multiplies the logits.
+
+    Returns:
+        `[h, n]`, up to a constant per head.
+    """
+    return log_rms_attention(pilot_query[:, None], key, scale)[:, 0] + log_value_norm(value, center=False)
+
+
+@torch.no_grad()
+def select(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, config: SkeinConfig, layer: int, heads: Tensor
+) -> Selection:
+    """Steps 1 to 3 of Algorithm 1: pilot rows with replacement, columns without, by eq. 5. One block holds all queries.
+
+    Arguments as in `adaptive.select`.
+
+    Returns:
+        The selection; columns are `[h, 1, num_columns]`, exact rows the pilots (step 5) unless switched off.
+    """
+    n_queries, n_keys = query.shape[-2], key.shape[-2]
+    pilots = config.num_pilots or config.num_columns
+    rows = random_rows(uniform(config.seed, layer, heads, PILOT_STREAM, pilots, query.device), n_queries)
+    uniforms = uniform(config.seed, layer, heads, COLUMN_STREAM, n_keys, key.device)
+    if config.column_sampling == "uniform":
+        log_probability = torch.zeros_like(uniforms)
+    else:
+        pilot_query = query.gather(1, rows[..., None].expand(-1, -1, query.shape[-1]))
+        log_probability = log_column_probability(pilot_query, key, value, scale)
+    columns = draw_columns(log_probability, config.num_columns, uniforms)
+    if not config.pilot_reutilization:
+        rows = rows[:, :0]
+    return Selection(route(query, 1), columns[:, None], rows)

@@ -1,7 +1,39 @@
-"""Skein attention: linear-cost sketched attention for pretrained Transformers encoders."""
+"""Skein attention: linear-cost sketched attention for pretrained Transformers encoders.
 
-from .attention import skein_attention
+Importing the package registers `attn_implementation="skein"`. Torch and Transformers' modeling code are not loaded before
+somebody needs them.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+from ._on_import import when_imported
 from .config import SkeinConfig
 
 
-__all__ = ["SkeinConfig", "skein_attention"]
+if TYPE_CHECKING:
+    from .attention import skein_attention
+    from .registration import configure
+
+__version__ = "0.1.0"
+__all__ = ["SkeinConfig", "configure", "skein_attention"]
+
+
+def _register() -> None:
+    from .registration import register
+
+    register()
+
+
+_HOMES = {"skein_attention": ".attention", "configure": ".registration"}
+
+
+def __getattr__(name: str):
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name], __name__), name)
+    if name == "convert":
+        return importlib.import_module(".convert", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+when_imported("transformers.modeling_utils", _register)

@@ -1,0 +1,6 @@
+"""Conversions that ready a pretrained encoder for documents longer than it was trained on."""
+
+from hf_skein.convert.positions import extend_positions
+
+
+__all__ = ["extend_positions"]

@@ -42,8 +42,16 @@ def select(
         columns = columns[:, None].expand(-1, len(blocks.filled), -1)
     else:
         pilots = block_means(query, blocks, config.num_pilots or 1)
-        value_norm = log_value_norm(value, center=True)[:, None]
-        score = log_rms_attention(pilots, key, scale) + value_norm
-        columns = top_columns(score, config.num_columns, sinks=config.exact_rows)
+        value_norm = log_value_norm(value, center=True)
+        columns = torch.cat(  # head by head, because the scores are blocks x n
+            [
+                top_columns(
+                    log_rms_attention(pilots[h : h + 1], key[h : h + 1], scale) + value_norm[h],
+                    config.num_columns,
+                    sinks=config.exact_rows,
+                )
+                for h in range(n_heads)
+            ]
+        )
     exact_rows = torch.arange(min(config.exact_rows, n_queries), device=query.device).expand(n_heads, -1)
     return Selection(blocks, columns, exact_rows)

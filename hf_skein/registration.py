@@ -1,0 +1,371 @@
+"""How Transformers reaches skein: the attention function, the mask function, and the check at load.
+
+Principle: what the sketch cannot represent is computed as `attn_implementation="sdpa"` would compute it (or, where sdpa
+cannot either, by the model's own eager function), logged once with the reason; `strict` raises instead.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import sys
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import bidirectional_mask_function, prepare_padding_mask, sdpa_mask
+from transformers.utils import logging
+
+from .attention import skein_attention
+from .config import SkeinConfig
+from .local import band_mask, local_attention
+
+
+NAME = "skein"
+
+logger = logging.get_logger(__name__)
+
+
+# --- the two registered functions ---------------------------------------------------------------------------------------
+
+
+def skein_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs,
+) -> tuple[Tensor, Tensor | None]:
+    """What Transformers calls for `attn_implementation="skein"`.
+
+    Args:
+        module: The attention module; its `config.skein`, `layer_idx`, `is_causal`, `is_decoder` are read if there.
+        query: `[batch, heads, n_q, p]`.
+        key: `[batch, kv_heads, n_k, p]`.
+        value: `[batch, kv_heads, n_k, pv]`.
+        attention_mask: What `skein_mask` made: None, `[batch, n_k]` (padding), `[batch, n, 2w + 1]` (a band), or a 4D mask.
+        dropout: Probability of dropping an attention weight.
+        scaling: Multiplies the logits.
+        is_causal: Overrides `module.is_causal`.
+        **kwargs: What the model passes besides.
+
+    Returns:
+        `[batch, n_q, heads, pv]`, and the attention weights if they were asked for, else None.
+    """
+    layer = getattr(module, "layer_idx", None)
+    config = _skein_config(getattr(module, "config", None)).for_layer(layer)
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    if attention_mask is not None and attention_mask.ndim == 4 and attention_mask.shape[1] == attention_mask.shape[2] == 1:
+        attention_mask = _padding_from_4d(attention_mask)
+
+    if config.method != "exact" and (reason := _why_exact(module, query, key, attention_mask, is_causal, kwargs)):
+        if config.strict:
+            raise ValueError(
+                f"{type(module).__name__} (layer {layer}) asks for what skein attention cannot represent: {reason}. "
+                "config.skein has strict=True; set strict=False to compute such layers exactly, or say so for this layer "
+                'with hf_skein.configure(model, layers={index: {"method": "exact"}}).'
+            )
+        _log_exact(type(module).__name__, reason)
+    elif config.method != "exact":
+        output = skein_attention(
+            query, key, value, attention_mask, scaling, config, layer=layer or 0, dropout=dropout
+        )
+        return output.transpose(1, 2).contiguous(), None
+    return _exact(module, query, key, value, attention_mask, dropout, scaling, is_causal, kwargs)
+
+
+def skein_mask(
+    batch_size: int,
+    kv_length: int,
+    kv_offset: int = 0,
+    mask_function=None,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    use_vmap: bool = False,
+    **kwargs,
+) -> Tensor | None:
+    """What Transformers calls to build masks for `attn_implementation="skein"`; never n x n where skein attends.
+
+    Returns:
+        Plain bidirectional attention: the padding mask `[batch, kv_length]`, or None if nothing is padding. A
+        bidirectional sliding window: the band `[batch, n, 2w + 1]`, see `local.band_mask`. Anything else: what sdpa gets.
+    """
+    # Only the makers of bidirectional masks pass this argument.
+    is_bidirectional = "allow_is_bidirectional_skip" in kwargs
+    if is_bidirectional and not use_vmap and kv_offset == 0:
+        padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
+        if padding is not None:
+            padding = padding[:, :kv_length]
+        if mask_function is bidirectional_mask_function or (local_size is not None and kv_length <= local_size):
+            return padding
+        if local_size is not None and _query_length(kwargs) == kv_length:
+            return band_mask(mask_function, batch_size, kv_length, local_size, padding, kwargs.get("device"))
+    return sdpa_mask(
+        batch_size=batch_size,
+        kv_length=kv_length,
+        kv_offset=kv_offset,
+        mask_function=mask_function,
+        attention_mask=attention_mask,
+        local_size=local_size,
+        use_vmap=use_vmap,
+        **kwargs,
+    )
+
+
+def _query_length(kwargs: dict) -> int:
+    """Transformers passes `q_length`, releases up to 5.4 the positions themselves."""
+    return kwargs["q_length"] if "q_length" in kwargs else len(kwargs["cache_position"])
+
+
+# --- what cannot be sketched --------------------------------------------------------------------------------------------
+
+
+def _why_exact(
+    module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool, kwargs: dict
+) -> str | None:
+    """The reason why this call is computed exactly, or None if it can be sketched."""
+    if kwargs.get("output_attentions"):
+        return "output_attentions=True needs the n x n attention weights"
+    if kwargs.get("position_bias") is not None:
+        return "a position bias is added to the logits"
+    if kwargs.get("softcap") is not None:
+        return "the logits are soft-capped"
+    if kwargs.get("s_aux") is not None:
+        return "attention sinks are added to the row sums"
+    if kwargs.get("cache") is not None:
+        return "a paged key-value cache"
+    if mask is not None and mask.ndim == 3 or kwargs.get("sliding_window") is not None:
+        return "a sliding window"
+    if mask is not None and mask.ndim == 4:
+        return "a causal mask" if is_causal else "a 4D attention mask"
+    if getattr(module, "is_decoder", False) or getattr(getattr(module, "config", None), "is_decoder", False):
+        return "a decoder"
+    if is_causal:
+        return "a causal mask"
+    if query.shape[2] != key.shape[2]:
+        return "query and key lengths differ (cross-attention, a key-value cache or prefix tuning)"
+    if _is_packed(kwargs):
+        return "packed documents"
+    return None
+
+
+def _is_packed(kwargs: dict) -> bool:
+    """Whether a row holds several documents: their boundaries are given, or the positions restart."""
+    if kwargs.get("cu_seq_lens_q") is not None:
+        return True
+    position_ids = kwargs.get("position_ids")
+    if position_ids is None or position_ids.ndim != 2 or torch.compiler.is_compiling():
+        return False
+    # Padding may repeat a position (a constant), a new document goes back to the first one.
+    return bool(((position_ids[:, 1:] < position_ids[:, :-1]) & (position_ids[:, 1:] == position_ids[:, :1])).any())
+
+
+@functools.cache
+def _log_exact(class_name: str, reason: str) -> None:
+    logger.warning(f"skein: {class_name} runs exact attention, because of {reason}.")
+
+
+# --- exact attention ----------------------------------------------------------------------------------------------------
+
+
+def _exact(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    is_causal: bool,
+    kwargs: dict,
+) -> tuple[Tensor, Tensor | None]:
+    """Exact attention as the model would compute it without skein."""
+    needs_eager = kwargs.get("output_attentions") or kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None
+    if mask is not None and mask.ndim == 3:
+        if not needs_eager:
+            return local_attention(query, key, value, mask, scaling, dropout).transpose(1, 2).contiguous(), None
+        mask = _dense(mask)
+    elif mask is not None and mask.ndim == 2:
+        mask = mask[:, None, None, :].expand(-1, 1, query.shape[2], -1)
+        if is_causal and query.shape[2] > 1:
+            mask = mask & _causal(query, key)
+    if not needs_eager:
+        return sdpa_attention_forward(
+            module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
+        )
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    if eager is None:
+        raise ValueError(
+            f"{type(module).__name__} needs its own eager attention here, and {type(module).__module__} has none. "
+            'Load the model with attn_implementation="eager".'
+        )
+    if mask is None and is_causal and query.shape[2] > 1:
+        mask = _causal(query, key)
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
+    return eager(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)
+
+
+def _causal(query: Tensor, key: Tensor) -> Tensor:
+    n_q, n_k = query.shape[2], key.shape[2]
+    return torch.ones(n_q, n_k, dtype=torch.bool, device=query.device).tril(n_k - n_q)[None, None]
+
+
+def _dense(band: Tensor) -> Tensor:
+    """`[batch, 1, n, n]` mask of a band."""
+    batch, n, width = band.shape
+    offset = torch.arange(n, device=band.device) - torch.arange(n, device=band.device)[:, None] + width // 2
+    inside = (offset >= 0) & (offset < width)
+    return (band.gather(2, offset.clamp(0, width - 1).expand(batch, n, n)) & inside)[:, None]
+
+
+def _padding_from_4d(mask: Tensor) -> Tensor:
+    """`[batch, n_k]` of a `[batch, 1, 1, n_k]` mask that is the same for every query, if it means padding."""
+    row = mask[:, 0, 0]
+    if row.dtype == torch.bool:
+        return row
+    dropped = row <= -1000
+    return ~dropped if bool((dropped | (row == 0)).all()) else mask
+
+
+# --- configuration ------------------------------------------------------------------------------------------------------
+
+
+def _skein_config(config: PretrainedConfig | None) -> SkeinConfig:
+    """The `SkeinConfig` of a model's configuration, read again only when it changed."""
+    values = getattr(config, "skein", None)
+    return SkeinConfig() if values is None else _parse(json.dumps(values, sort_keys=True))
+
+
+@functools.lru_cache(maxsize=128)
+def _parse(text: str) -> SkeinConfig:
+    return SkeinConfig.from_dict(json.loads(text))
+
+
+def configure(model_or_config: PreTrainedModel | PretrainedConfig, **fields) -> SkeinConfig:
+    """Set skein's settings of a model; fields that are not given keep their value.
+
+    They are plain JSON in `config.skein`, which `save_pretrained` and `from_pretrained` carry along.
+
+    Args:
+        model_or_config: A model or its configuration; changed in place, with the configurations nested in it.
+        **fields: Fields of `SkeinConfig`.
+
+    Returns:
+        The resulting configuration.
+
+    Raises:
+        ValueError: A field does not exist or has a value that is not allowed. Nothing is changed.
+
+    Example:
+        >>> hf_skein.configure(model, num_columns=256, layers={0: {"method": "exact"}})
+    """
+    config = getattr(model_or_config, "config", model_or_config)
+    if not isinstance(config, PretrainedConfig):
+        raise ValueError(f"configure expects a model or a configuration of Transformers; got {type(config).__name__}.")
+    unknown = sorted(set(fields) - set(SkeinConfig.__dataclass_fields__))
+    if unknown:
+        raise ValueError(
+            f"SkeinConfig has no field {', '.join(unknown)}; fields are {', '.join(SkeinConfig.__dataclass_fields__)}."
+        )
+    result = SkeinConfig.from_dict({**_skein_config(config).to_dict(), **fields})
+    values = result.to_dict()
+    for nested in [config, *_nested_configs(config)]:
+        nested.skein = dict(values)
+    return result
+
+
+def _nested_configs(config: PretrainedConfig) -> list[PretrainedConfig]:
+    children = [child for name in config.sub_configs if (child := getattr(config, name, None)) is not None]
+    return children + [grandchild for child in children for grandchild in _nested_configs(child)]
+
+
+# --- classes that bypass the registry -----------------------------------------------------------------------------------
+
+
+def own_attention_classes(model_class: type) -> list[str]:
+    """Attention modules in a model's source file that compute their own softmax instead of asking the registry."""
+    module = sys.modules.get(model_class.__module__)
+    found = []
+    for name, member in vars(module).items() if module is not None else ():
+        if inspect.isclass(member) and issubclass(member, nn.Module) and member.__module__ == module.__name__:
+            source = _source(member)
+            if "Attention" in name and "softmax(" in source and "get_interface(" not in source:
+                found.append(name)
+    return found
+
+
+def calls_registry(model_class: type) -> bool:
+    """Whether a model class asks the attention registry, itself or in the models it is made of."""
+    module = sys.modules.get(model_class.__module__)
+    if module is not None and "get_interface(" in _source(module):
+        return True
+    # A file without attention of its own delegates to other models if it claims to support a fused attention.
+    return bool(model_class._supports_sdpa) and not own_attention_classes(model_class)
+
+
+@functools.cache
+def _source(thing) -> str:
+    try:
+        return inspect.getsource(thing)
+    except (OSError, TypeError):  # defined interactively: there is no source to read
+        return ""
+
+
+@functools.cache
+def _check_class(model_class: type) -> None:
+    own = own_attention_classes(model_class)
+    if not calls_registry(model_class):
+        raise ValueError(
+            f"{model_class.__name__} does not support attn_implementation={NAME!r}: it never asks Transformers' attention "
+            f"registry{' (it computes ' + ', '.join(own) + ' itself)' if own else ''} and would silently run its own "
+            "attention. Load it without attn_implementation, or convert the checkpoint to an architecture that does "
+            "(BERT, RoBERTa, ...)."
+        )
+    if own:
+        logger.warning(
+            f"skein: parts of {model_class.__name__} bypass Transformers' attention registry and run their own attention "
+            f"where the model uses them: {', '.join(own)}."
+        )
+
+
+def _check_at_load() -> None:
+    """Have `from_pretrained`, `from_config` and `set_attn_implementation` refuse classes that bypass the registry.
+
+    The registries are not told which class asks, so this is the one place where a method of Transformers is wrapped: the
+    check that every model runs on the name of its attention, for our name only.
+    """
+    original = PreTrainedModel.get_correct_attn_implementation
+
+    @functools.wraps(original)
+    def get_correct_attn_implementation(self, requested_attention, *args, **kwargs):
+        if requested_attention == NAME:
+            _check_class(type(self))
+        return original(self, requested_attention, *args, **kwargs)
+
+    PreTrainedModel.get_correct_attn_implementation = get_correct_attn_implementation
+
+
+def register() -> None:
+    """Register skein with both interfaces of Transformers.
+
+    Raises:
+        ValueError: Somebody else has registered the name.
+    """
+    for interface, function in ((AttentionInterface, skein_attention_forward), (AttentionMaskInterface, skein_mask)):
+        present = interface._global_mapping.get(NAME)
+        if present is not None and present is not function:
+            raise ValueError(
+                f"{interface.__name__} already has an entry {NAME!r} ({present.__module__}.{present.__qualname__}). "
+                "Import hf_skein before whatever registers it, or do without one of the two."
+            )
+        interface.register(NAME, function)
+    if not hasattr(PreTrainedModel.get_correct_attn_implementation, "__wrapped__"):
+        _check_at_load()

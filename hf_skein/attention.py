@@ -33,7 +33,7 @@ def skein_attention(
     """Bidirectional attention by a sketch whose cost is linear in the length; exact for sequences short enough.
 
     Every sequence is computed from its valid tokens alone: batch neighbours and padding do not change it. Rows of
-    queries that are padding are zero, unless the whole batch is computed exactly.
+    queries that are padding are zero, unless `n_k` is short enough for the whole batch to be computed exactly.
 
     Args:
         query: `[batch, heads, n_q, p]`, any floating dtype.
@@ -65,14 +65,21 @@ def skein_attention(
     else:
         query_mask = _padding_mask(query_mask, "query_mask", query.shape[0], n_q)
 
-    lengths = [n_k] * query.shape[0] if mask is None else mask.sum(-1).tolist()
-    if config.method == "exact" or max(lengths, default=0) <= config.exact_length:
+    if config.method == "exact" or n_k <= config.exact_length:
         return exact_attention(query, key, value, mask, scaling, dropout)
     sequences = zip(query.unbind(), key.unbind(), value.unbind(), strict=True)
     return torch.stack(
         [
             _one_sequence(
-                q, k, v, _valid(mask, i), _valid(query_mask, i), scaling=scaling, config=config, layer=layer, dropout=dropout
+                q,
+                k,
+                v,
+                _valid(mask, i),
+                _valid(query_mask, i),
+                scaling=scaling,
+                config=config,
+                layer=layer,
+                dropout=dropout,
             )
             for i, (q, k, v) in enumerate(sequences)
         ]
@@ -87,8 +94,8 @@ def exact_attention(
     A sequence without a valid key gives zeros.
     """
     if mask is not None:
-        # Poison in the padding would survive a weight of zero.
-        value = value.masked_fill(~mask[:, None, :, None], 0)
+        # What stands in the padding, NaN included, must not survive a weight of zero.
+        key, value = (x.masked_fill(~mask[:, None, :, None], 0) for x in (key, value))
     output = F.scaled_dot_product_attention(
         query,
         key,
@@ -177,7 +184,7 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
         )
     if not query.is_floating_point() or not (query.dtype == key.dtype == value.dtype):
         raise ValueError(
-            "query, key and value must have one floating dtype; got " f"{query.dtype}, {key.dtype}, {value.dtype}."
+            f"query, key and value must have one floating dtype; got {query.dtype}, {key.dtype}, {value.dtype}."
         )
     fits = (
         query.shape[0] == key.shape[0] == value.shape[0]

@@ -62,7 +62,11 @@ def skein_attention_forward(
     config = _skein_config(getattr(module, "config", None)).for_layer(layer)
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
-    if attention_mask is not None and attention_mask.ndim == 4 and attention_mask.shape[1] == attention_mask.shape[2] == 1:
+    if (
+        attention_mask is not None
+        and attention_mask.ndim == 4
+        and attention_mask.shape[1] == attention_mask.shape[2] == 1
+    ):
         attention_mask = _padding_from_4d(attention_mask)
 
     if config.method != "exact" and (reason := _why_exact(module, query, key, attention_mask, is_causal, kwargs)):
@@ -74,9 +78,7 @@ def skein_attention_forward(
             )
         _log_exact(type(module).__name__, reason)
     elif config.method != "exact":
-        output = skein_attention(
-            query, key, value, attention_mask, scaling, config, layer=layer or 0, dropout=dropout
-        )
+        output = skein_attention(query, key, value, attention_mask, scaling, config, layer=layer or 0, dropout=dropout)
         return output.transpose(1, 2).contiguous(), None
     return _exact(module, query, key, value, attention_mask, dropout, scaling, is_causal, kwargs)
 
@@ -187,7 +189,9 @@ def _exact(
     kwargs: dict,
 ) -> tuple[Tensor, Tensor | None]:
     """Exact attention as the model would compute it without skein."""
-    needs_eager = kwargs.get("output_attentions") or kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None
+    needs_eager = (
+        kwargs.get("output_attentions") or kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None
+    )
     if mask is not None and mask.ndim == 3:
         if not needs_eager:
             return local_attention(query, key, value, mask, scaling, dropout).transpose(1, 2).contiguous(), None

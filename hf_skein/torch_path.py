@@ -54,9 +54,7 @@ def attend(
     for head, (q, k, v) in enumerate(zip(query.unbind(), key.unbind(), value.unbind(), strict=True)):
         arguments = (q, k, v, _head(selection, head), scale, config, dropout)
         if needs_grad:
-            outputs.append(
-                checkpoint(_attend_head, *arguments, use_reentrant=False, preserve_rng_state=dropout > 0)
-            )
+            outputs.append(checkpoint(_attend_head, *arguments, use_reentrant=False, preserve_rng_state=dropout > 0))
         else:
             outputs.append(_attend_head(*arguments))
     return torch.stack(outputs)

@@ -54,7 +54,7 @@ def extend_positions(
     _check_arguments(model, tokenizer, max_length, method)
     *wrappers, encoder, embeddings = _find_embeddings(model)
     table = embeddings.position_embeddings
-    _check_table(encoder, table)
+    _check_table(model, encoder, table)
     reserved = _count_reserved_rows(model, embeddings)
     old_rows, old_length = table.num_embeddings, table.num_embeddings - reserved
     if max_length < old_length:
@@ -116,18 +116,19 @@ def _find_embeddings(model: nn.Module) -> list[nn.Module]:
     return [*around, embeddings]
 
 
-def _check_table(encoder: nn.Module, table: nn.Embedding) -> None:
-    name, rows, stated = type(encoder).__name__, table.num_embeddings, encoder.config.max_position_embeddings
+def _check_table(model: nn.Module, encoder: nn.Module, table: nn.Embedding) -> None:
     if table.weight.is_meta:
         raise ValueError(
-            f"model: the position table of {name} is on the meta device and has no values. Load the weights first "
-            "(from_pretrained without a meta device), then extend."
+            f"model: the position table of {type(model).__name__} is on the meta device and has no values. Load the "
+            "weights first (from_pretrained without a meta device), then extend."
         )
-    if table.weight.shape[0] != rows or stated != rows:
-        raise ValueError(
-            f"model: the position table of {name} has num_embeddings={rows}, a weight of shape "
-            f"{list(table.weight.shape)} and config.max_position_embeddings={stated}; the three must agree. Extend "
-            "the model as from_pretrained gives it, before anything shards or resizes it."
+    rows, stored, stated = table.num_embeddings, len(table.weight), encoder.config.max_position_embeddings
+    if not rows == stored == stated:
+        _refuse(
+            model,
+            f"its table has num_embeddings={rows}, {stored} stored rows and config.max_position_embeddings={stated}, "
+            "which must agree (extend a model before anything shards or resizes it)",
+            _position_modules(model),
         )
 
 

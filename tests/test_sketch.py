@@ -1,0 +1,307 @@
+"""The reference against direct transcriptions of the formulas, in float64."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from hf_skein import SkeinConfig
+from hf_skein.sketch import adaptive, skeinformer
+from hf_skein.sketch.baselines import v_mean
+from hf_skein.sketch.columns import draw_columns, log_value_norm, top_columns
+from hf_skein.sketch.pilots import block_means, log_rms_attention, random_rows
+from hf_skein.sketch.random import COLUMN_STREAM, PILOT_STREAM, gumbel, uniform
+from hf_skein.sketch.residual import RESIDUALS
+from hf_skein.sketch.routing import num_blocks, principal_components, route, top_direction
+from hf_skein.sketch.rows import attend, overwrite_rows, sketched_rows
+
+
+def heads_of(n_q, n_k, p=24, heads=2, dtype=torch.float64):
+    query, key, value = (torch.randn(heads, n, p, dtype=dtype) for n in (n_q, n_k, n_k))
+    return query, key, value
+
+
+# --- Algorithm 1 --------------------------------------------------------------------------------------------------------
+
+
+def algorithm_1(query, key, value, pilots, drawn, row_normalization, reuse):
+    """Algorithm 1 of the paper for one head, written with its exponentials, products and sums; `n x n` and slow."""
+    n, p = key.shape
+    a = torch.exp(query @ key.T / math.sqrt(p))
+    a_drawn, v_drawn = a[:, drawn], value[drawn]
+    if row_normalization == "adaptive":
+        g = torch.prod(a_drawn ** (1 / len(drawn)), dim=1, keepdim=True)
+        row_sum = a_drawn.sum(1, keepdim=True) + (n - len(drawn)) * g
+        undrawn = torch.tensor([i for i in range(n) if i not in set(drawn.tolist())])
+        result = (a_drawn @ v_drawn + g * value[undrawn].sum(0)) / row_sum
+    elif row_normalization == "simple":
+        result = a_drawn @ v_drawn / a_drawn.sum(1, keepdim=True)
+    else:
+        result = a_drawn @ v_drawn / a.sum(1, keepdim=True)
+    if reuse:
+        for j in pilots.tolist():
+            result[j] = a[j] @ value / a[j].sum()
+    return result
+
+
+@pytest.mark.parametrize(
+    ("row_normalization", "reuse", "sampling"),
+    list(itertools.product(("adaptive", "simple", "none"), (True, False), ("importance", "uniform"))),
+)
+def test_skeinformer_is_algorithm_1(row_normalization, reuse, sampling):
+    query, key, value = heads_of(93, 93)
+    config = SkeinConfig(
+        method="skeinformer",
+        num_columns=17,
+        num_pilots=11,
+        row_normalization=row_normalization,
+        pilot_reutilization=reuse,
+        column_sampling=sampling,
+    )
+    scale = 24**-0.5
+    heads = torch.arange(2)
+    selection = skeinformer.select(query, key, value, scale, config, 0, heads)
+    output = attend(query, key, value, selection, scale, config)
+    pilots = random_rows(uniform(0, 0, heads, PILOT_STREAM, 11), 93)
+    for head in range(2):
+        expected = algorithm_1(
+            query[head], key[head], value[head], pilots[head], selection.columns[head, 0], row_normalization, reuse
+        )
+        torch.testing.assert_close(output[head], expected, rtol=1e-10, atol=1e-10)
+    assert selection.exact_rows.shape == (2, 11 if reuse else 0)
+
+
+def test_column_probabilities_are_equation_5():
+    query, key, value = heads_of(50, 70)
+    pilots = query[:, [3, 8, 8, 41]]
+    b = torch.softmax(pilots @ key.mT / math.sqrt(24), -1)
+    expected = b.square().sum(1).sqrt() * value.norm(dim=-1)
+    log_p = skeinformer.log_column_probability(pilots, key, value, 24**-0.5)
+    torch.testing.assert_close(log_p.softmax(-1), expected / expected.sum(-1, keepdim=True), rtol=1e-12, atol=0)
+
+
+def test_columns_are_drawn_without_replacement_with_the_given_probabilities():
+    probability = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
+    draws = 20_000
+    uniforms = uniform(1, 0, torch.arange(draws), COLUMN_STREAM, 4)
+    columns = draw_columns(probability.log().expand(draws, 4), 2, uniforms)
+    assert (columns[:, 0] != columns[:, 1]).all()
+    # First i then j has probability p_i p_j / (1 - p_i); the pair is unordered.
+    for i, j in itertools.combinations(range(4), 2):
+        p_i, p_j = probability[i], probability[j]
+        expected = p_i * p_j / (1 - p_i) + p_i * p_j / (1 - p_j)
+        seen = ((columns == i).any(-1) & (columns == j).any(-1)).double().mean()
+        assert abs(seen - expected) < 5 * math.sqrt(expected * (1 - expected) / draws)
+
+
+def test_zero_probability_is_drawn_last():
+    log_p = torch.tensor([[-torch.inf, 0.0, -1.0, -torch.inf]], dtype=torch.float64)
+    for seed in range(20):
+        assert set(draw_columns(log_p, 2, uniform(seed, 0, torch.arange(1), 1, 4))[0].tolist()) == {1, 2}
+        assert {1, 2} < set(draw_columns(log_p, 3, uniform(seed, 0, torch.arange(1), 1, 4))[0].tolist())
+
+
+# --- random numbers -----------------------------------------------------------------------------------------------------
+
+
+def test_random_numbers_are_uniform_and_keyed():
+    numbers = uniform(0, 0, torch.arange(8), 0, 10_000)
+    assert ((numbers > 0) & (numbers < 1)).all()
+    histogram = torch.histc(numbers.float(), 20, 0, 1)
+    assert (histogram - 4000).abs().max() < 5 * math.sqrt(4000)
+    flat = numbers.flatten()
+    lag = torch.corrcoef(torch.stack([flat[:-1], flat[1:]]))[0, 1]
+    assert abs(lag) < 5 / math.sqrt(len(flat))
+    for other in (
+        uniform(1, 0, torch.arange(8), 0, 10_000),
+        uniform(0, 1, torch.arange(8), 0, 10_000),
+        uniform(0, 0, torch.arange(8), 1, 10_000),
+        uniform(0, 0, torch.arange(8, 16), 0, 10_000),
+    ):
+        assert abs(torch.corrcoef(torch.stack([flat, other.flatten()]))[0, 1]) < 5 / math.sqrt(len(flat))
+
+
+def test_random_numbers_do_not_touch_the_global_generator_or_depend_on_the_count():
+    before = torch.get_rng_state()
+    long = uniform(3, 2, torch.arange(4), 1, 100)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(long[2:3, :40], uniform(3, 2, torch.tensor([2]), 1, 40))
+    assert gumbel(long).isfinite().all()
+
+
+# --- routing ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("n", "blocks"), [(1, 1), (63, 4), (64, 64), (65, 5), (257, 17), (100, 1), (130, 128)])
+def test_blocks_are_balanced_and_hold_every_query_once(n, blocks):
+    result = route(torch.randn(3, n, 24), blocks)
+    sizes = result.filled.sum(-1)
+    assert len(sizes) == blocks and sizes.max() - sizes.min() <= 1 and sizes.sum() == n
+    for head in range(3):
+        assert sorted(result.index[head][result.filled].tolist()) == list(range(n))
+        assert torch.equal(result.index[head].flatten()[result.slot[head]], torch.arange(n))
+
+
+@pytest.mark.parametrize("p", [8, 24])
+def test_routing_separates_clusters(p):
+    """Eight clusters at the corners of a box with sides 40, 20 and 10: the tree cuts the longest side first."""
+    corners = torch.tensor(list(itertools.product((-20, 20), (-10, 10), (-5, 5))), dtype=torch.float32)
+    basis = torch.linalg.qr(torch.randn(p, 3)).Q.T
+    centers = (corners @ basis).repeat_interleave(16, 0)
+    shuffled = torch.randperm(128)
+    query = (centers + 0.1 * torch.randn(128, p))[shuffled]
+    blocks = route(query[None], 8)
+    labels = torch.arange(8).repeat_interleave(16)[shuffled]
+    assert all(len(set(labels[block].tolist())) == 1 for block in blocks.index[0])
+
+
+def test_routing_of_identical_queries():
+    blocks = route(torch.ones(1, 50, 8), 7)
+    assert sorted(blocks.index[0][blocks.filled].tolist()) == list(range(50))
+
+
+def test_number_of_blocks_is_capped():
+    assert [num_blocks(n, 64, 256) for n in (1, 64, 65, 16384, 100_000)] == [1, 1, 2, 256, 256]
+
+
+def test_top_direction_and_components_agree_with_the_eigendecomposition():
+    x = torch.randn(5, 200, 12, dtype=torch.float64) * torch.linspace(1, 4, 12, dtype=torch.float64)
+    x = x - x.mean(1, keepdim=True)
+    covariance = x.mT @ x
+    top = torch.linalg.eigh(covariance).eigenvectors[..., -1]
+    found = torch.nn.functional.normalize(top_direction(covariance), dim=-1)
+    assert ((found * top).sum(-1).abs() > 0.98).all()
+    reduced = principal_components(x, 3)
+    kept = torch.linalg.eigvalsh(covariance)[:, -3:].sum(-1)
+    torch.testing.assert_close(reduced.square().sum((1, 2)), kept)
+    assert top_direction(torch.zeros(2, 4, 4)).isfinite().all()
+
+
+# --- pilots, columns, residuals -----------------------------------------------------------------------------------------
+
+
+def test_pilots_are_means_of_their_block():
+    query = torch.randn(2, 65, 8, dtype=torch.float64)
+    blocks = route(query, 5)
+    means = block_means(query, blocks, 1)
+    for head, block in itertools.product(range(2), range(5)):
+        members = blocks.index[head, block][blocks.filled[block]]
+        torch.testing.assert_close(means[head, block, 0], query[head, members].mean(0))
+    parts = block_means(query, blocks, 4)
+    assert parts.shape == (2, 5, 4, 8)
+    assert block_means(query, blocks, 1000).shape[2] == 13
+
+
+def test_rms_attention_over_several_pilots():
+    pilots, key = torch.randn(2, 3, 4, 8, dtype=torch.float64), torch.randn(2, 20, 8, dtype=torch.float64)
+    probability = torch.einsum("hgrp,hnp->hgrn", pilots, key).mul(0.5).softmax(-1)
+    expected = probability.square().sum(2).sqrt()
+    torch.testing.assert_close(log_rms_attention(pilots, key, 0.5).exp(), expected)
+    extreme = log_rms_attention(1e4 * pilots.float(), key.float(), 1.0)
+    assert extreme.isfinite().all()
+
+
+def test_top_columns_and_sinks():
+    score = torch.tensor([[0.0, 5.0, 4.0, 1.0, -torch.inf]])
+    assert set(top_columns(score, 2)[0].tolist()) == {1, 2}
+    assert set(top_columns(score, 3, sinks=1)[0].tolist()) == {0, 1, 2}
+    assert score[0, 0] == 0
+    value = torch.tensor([[1.0, 0.0], [3.0, 0.0], [5.0, 0.0]])
+    assert log_value_norm(value, center=True).exp().tolist() == pytest.approx([2, 0, 2])
+
+
+def test_second_order_residual_is_exact_where_the_expansion_is():
+    """One distinct key: no spread, so the residual is exact attention over the rest."""
+    query, value = torch.randn(5, 8, dtype=torch.float64), torch.randn(30, 6, dtype=torch.float64)
+    key = torch.randn(1, 8, dtype=torch.float64).expand(30, 8)
+    log_mass, mean = RESIDUALS["second_order"](query, key[:2], key, value, 0.7)
+    torch.testing.assert_close(log_mass, torch.logsumexp(0.7 * query @ key.T, -1))
+    torch.testing.assert_close(mean, value.mean(0).expand(5, -1))
+
+
+def test_second_order_residual_is_second_order():
+    """Its error in the mass falls with the third power of the logits, that of the mean with the second."""
+    query, key = torch.randn(4, 8, dtype=torch.float64), torch.randn(400, 8, dtype=torch.float64)
+    value = torch.randn(400, 6, dtype=torch.float64)
+
+    def errors(scale):
+        logits = scale * query @ key.T
+        log_mass, mean = RESIDUALS["second_order"](query, key, key, value, scale)
+        exact_mean = logits.softmax(-1) @ value
+        return (log_mass - logits.logsumexp(-1)).abs().max(), (mean - exact_mean).abs().max()
+
+    (mass, mean), (half_mass, half_mean) = errors(0.02), errors(0.01)
+    assert 6 < mass / half_mass < 20
+    assert 3 < mean / half_mean < 10
+
+
+def test_second_order_residual_cannot_run_away():
+    key, value = torch.randn(100, 8, dtype=torch.float64), torch.randn(100, 1, dtype=torch.float64)
+    query = torch.logspace(-3, 4, 50, dtype=torch.float64)[:, None] * torch.randn(50, 8, dtype=torch.float64)
+    _, mean = RESIDUALS["second_order"](query, key, key, value, 1.0)
+    deviation = (mean - value.mean(0)).abs().max() / value.std(unbiased=False)
+    assert deviation <= 1 / math.sqrt(2)
+
+
+@pytest.mark.parametrize("residual", ["geometric", "mean", "second_order"])
+def test_every_row_is_a_mean_of_the_values(residual):
+    query, key, value = (x[0] for x in heads_of(9, 40))
+    rows = sketched_rows(query, key, torch.ones_like(value), torch.arange(10), 0.3, "adaptive", residual)
+    torch.testing.assert_close(rows, torch.ones_like(rows))
+    shifted = sketched_rows(query, key + 3, value + 5, torch.arange(10), 0.3, "adaptive", residual)
+    expected = sketched_rows(query, key, value, torch.arange(10), 0.3, "adaptive", residual) + 5
+    torch.testing.assert_close(shifted, expected)
+
+
+def test_all_columns_are_exact_attention():
+    query, key, value = (x[0] for x in heads_of(9, 40))
+    exact = torch.softmax(0.3 * query @ key.T, -1) @ value
+    for row_normalization in ("adaptive", "simple", "none"):
+        rows = sketched_rows(query, key, value, torch.randperm(40), 0.3, row_normalization, "second_order")
+        torch.testing.assert_close(rows, exact)
+
+
+def test_adaptive_follows_its_definition():
+    """Each block against the formulas of its method, with columns taken by a plain argsort."""
+    query, key, value = heads_of(50, 60)
+    config = SkeinConfig(num_columns=12, block_size=16, min_length=0, exact_rows=2)
+    selection = adaptive.select(query, key, value, 0.2, config, 0, torch.arange(2))
+    output = attend(query, key, value, selection, 0.2, config)
+    assert selection.columns.shape == (2, 4, 12)
+    for head, block in itertools.product(range(2), range(4)):
+        members = selection.blocks.index[head, block][selection.blocks.filled[block]]
+        pilot = torch.softmax(0.2 * query[head, members].mean(0) @ key[head].T, -1)
+        score = pilot * (value[head] - value[head].mean(0)).norm(dim=-1)
+        score[:2] = torch.inf
+        columns = score.argsort(descending=True)[:12]
+        assert set(columns.tolist()) == set(selection.columns[head, block].tolist())
+        rest = torch.tensor(sorted(set(range(60)) - set(columns.tolist())))
+        k, v = key[head, rest], value[head, rest]
+        for i in members.tolist():
+            if i < 2:
+                expected = torch.softmax(0.2 * query[head, i] @ key[head].T, -1) @ value[head]
+            else:
+                q = query[head, i]
+                z = 1 + 0.02 * q @ torch.cov(k.T, correction=0) @ q
+                cross = (k - k.mean(0)).T @ (v - v.mean(0)) / len(rest)
+                w = len(rest) * torch.exp(0.2 * q @ k.mean(0))
+                exact = torch.exp(0.2 * key[head, columns] @ q)
+                expected = (exact @ value[head, columns] + w * (z * v.mean(0) + 0.2 * q @ cross)) / (
+                    exact.sum() + w * z
+                )
+            torch.testing.assert_close(output[head, i], expected, rtol=1e-10, atol=1e-10)
+
+
+def test_overwriting_repeated_rows_counts_the_gradient_once():
+    output = torch.zeros(4, 2, dtype=torch.float64, requires_grad=True)
+    replacement = torch.ones(3, 2, dtype=torch.float64, requires_grad=True)
+    result = overwrite_rows(output, torch.tensor([1, 3, 1]), replacement)
+    assert result.tolist() == [[0, 0], [1, 1], [0, 0], [1, 1]]
+    result.sum().backward()
+    assert replacement.grad.sum() == 4 and output.grad.sum() == 4
+
+
+def test_v_mean():
+    query, value = torch.randn(2, 7, 4), torch.randn(2, 9, 5)
+    torch.testing.assert_close(v_mean(query, value), value.mean(1, keepdim=True).expand(2, 7, 5))

@@ -1,7 +1,7 @@
 """Skein attention: linear-cost sketched attention for pretrained Transformers encoders.
 
-Importing the package registers `attn_implementation="skein"`. Torch and Transformers' modeling code are not loaded before
-somebody needs them.
+Importing the package registers `attn_implementation="skein"`. Torch and Transformers' modeling code are not loaded
+before somebody needs them.
 """
 
 import importlib
@@ -19,12 +19,6 @@ __version__ = "0.1.0"
 __all__ = ["SkeinConfig", "configure", "skein_attention"]
 
 
-def _register() -> None:
-    from .registration import register
-
-    register()
-
-
 _HOMES = {"skein_attention": ".attention", "configure": ".registration"}
 
 
@@ -36,4 +30,4 @@ def __getattr__(name: str):
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-when_imported("transformers.modeling_utils", _register)
+when_imported("transformers.modeling_utils", lambda: importlib.import_module(".registration", __name__))

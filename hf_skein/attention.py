@@ -218,7 +218,8 @@ def _padding_mask(mask: Tensor | None, name: str, batch: int, n: int) -> Tensor 
         if not bool((dropped | (mask == 0)).all()):
             raise ValueError(
                 f"A float {name} is additive: 0 for valid, {_DROPPED:g} or less for padding. Got values from "
-                f"{mask.min().item():g} to {mask.max().item():g}. Pass 0/1 as bool or integers; a bias cannot be sketched."
+                f"{mask.min().item():g} to {mask.max().item():g}. Pass 0/1 as bool or integers; a bias cannot be "
+                "sketched."
             )
         mask = ~dropped
     elif mask.dtype != torch.bool:

@@ -34,8 +34,8 @@ class SkeinConfig:
     """Settings of skein attention.
 
     Args:
-        method: `"adaptive"` (ours: routed blocks of queries, each with its own columns), `"skeinformer"` (Algorithm 1 of
-            the paper), `"vmean"` (every row is the mean of the values; a baseline) or `"exact"`.
+        method: `"adaptive"` (ours: routed blocks of queries, each with its own columns), `"skeinformer"` (Algorithm 1
+            of the paper), `"vmean"` (every row is the mean of the values; a baseline) or `"exact"`.
         num_columns: Keys each query attends to exactly; the rest is summarised by the residual. A sequence of at most
             this many keys is computed exactly.
         block_size: Queries that share their columns (`adaptive` only). Smaller is more accurate and slower.
@@ -43,12 +43,14 @@ class SkeinConfig:
             blocks, which keeps the cost linear.
         num_pilots: Query rows that choose the columns. `None` is the method's own: `num_columns` random rows for
             `skeinformer`, 1 mean query per block for `adaptive` (more: means of sub-blocks).
-        column_sampling: `"importance"` chooses columns by the pilots; `"uniform"` ignores them (an ablation of the paper).
-        row_normalization: `"adaptive"` gives the columns not chosen the mass of the residual; `"simple"` normalises over
-            the chosen ones alone; `"none"` divides by the true row sums, which costs n² time (both ablations).
-        residual: How the columns not chosen are summarised under adaptive row normalisation: `"geometric"` (eq. 6 of the
-            paper: geometric mean of the chosen), `"mean"` (geometric mean of those not chosen) or `"second_order"` (their
-            mean and covariances). `None` is the method's own: `geometric` for `skeinformer`, else `second_order`.
+        column_sampling: `"importance"` chooses columns by the pilots; `"uniform"` ignores them (an ablation of the
+            paper).
+        row_normalization: `"adaptive"` gives the columns not chosen the mass of the residual; `"simple"` normalises
+            over the chosen ones alone; `"none"` divides by the true row sums, which costs n² time (both ablations).
+        residual: How the columns not chosen are summarised under adaptive row normalisation: `"geometric"` (eq. 6 of
+            the paper: geometric mean of the chosen), `"mean"` (geometric mean of those not chosen) or
+            `"second_order"` (their mean and covariances). `None` is the method's own: `geometric` for `skeinformer`,
+            else `second_order`.
         pilot_reutilization: Overwrite the pilot rows with their exact result (`skeinformer` only).
         exact_rows: The first tokens (CLS) attend exactly and are columns of every block (`adaptive` only).
         min_length: A sequence of at most this many keys is computed exactly.

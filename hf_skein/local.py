@@ -23,7 +23,7 @@ def band_mask(
     """The mask of a sliding window, kept as a band.
 
     Args:
-        mask_function: Transformers' rule `(batch, head, query, key) -> bool`, which allows `|query - key| <= window` only.
+        mask_function: Transformers' rule `(batch, head, query, key) -> bool`; allows `|query - key| <= window` only.
         batch: Batch size.
         n: Length.
         window: Half width `w` of the window.

@@ -25,10 +25,13 @@ from .local import band_mask, local_attention
 
 NAME = "skein"
 
+# Older releases of Transformers would swallow it.
+_SDPA_TAKES_POSITION_BIAS = "position_bias" in inspect.signature(sdpa_attention_forward).parameters
+
 logger = logging.get_logger(__name__)
 
 
-# --- the two registered functions ---------------------------------------------------------------------------------------
+# --- the two registered functions ---
 
 
 def skein_attention_forward(
@@ -49,7 +52,8 @@ def skein_attention_forward(
         query: `[batch, heads, n_q, p]`.
         key: `[batch, kv_heads, n_k, p]`.
         value: `[batch, kv_heads, n_k, pv]`.
-        attention_mask: What `skein_mask` made: None, `[batch, n_k]` (padding), `[batch, n, 2w + 1]` (a band), or a 4D mask.
+        attention_mask: What `skein_mask` made: None, `[batch, n_k]` (padding), `[batch, n, 2w + 1]` (a band), or a 4D
+            mask.
         dropout: Probability of dropping an attention weight.
         scaling: Multiplies the logits.
         is_causal: Overrides `module.is_causal`.
@@ -73,8 +77,8 @@ def skein_attention_forward(
         if config.strict:
             raise ValueError(
                 f"{type(module).__name__} (layer {layer}) asks for what skein attention cannot represent: {reason}. "
-                "config.skein has strict=True; set strict=False to compute such layers exactly, or say so for this layer "
-                'with hf_skein.configure(model, layers={index: {"method": "exact"}}).'
+                "config.skein has strict=True; set strict=False to compute such layers exactly, or say so for this "
+                'layer with hf_skein.configure(model, layers={index: {"method": "exact"}}).'
             )
         _log_exact(type(module).__name__, reason)
     elif config.method != "exact":
@@ -97,7 +101,8 @@ def skein_mask(
 
     Returns:
         Plain bidirectional attention: the padding mask `[batch, kv_length]`, or None if nothing is padding. A
-        bidirectional sliding window: the band `[batch, n, 2w + 1]`, see `local.band_mask`. Anything else: what sdpa gets.
+        bidirectional sliding window: the band `[batch, n, 2w + 1]`, see `local.band_mask`. Anything else: what sdpa
+        gets.
     """
     # Only the makers of bidirectional masks pass this argument.
     is_bidirectional = "allow_is_bidirectional_skip" in kwargs
@@ -126,7 +131,7 @@ def _query_length(kwargs: dict) -> int:
     return kwargs["q_length"] if "q_length" in kwargs else len(kwargs["cache_position"])
 
 
-# --- what cannot be sketched --------------------------------------------------------------------------------------------
+# --- what cannot be sketched ---
 
 
 def _why_exact(
@@ -143,7 +148,7 @@ def _why_exact(
         return "attention sinks are added to the row sums"
     if kwargs.get("cache") is not None:
         return "a paged key-value cache"
-    if mask is not None and mask.ndim == 3 or kwargs.get("sliding_window") is not None:
+    if (mask is not None and mask.ndim == 3) or kwargs.get("sliding_window") is not None:
         return "a sliding window"
     if mask is not None and mask.ndim == 4:
         return "a causal mask" if is_causal else "a 4D attention mask"
@@ -174,7 +179,7 @@ def _log_exact(class_name: str, reason: str) -> None:
     logger.warning(f"skein: {class_name} runs exact attention, because of {reason}.")
 
 
-# --- exact attention ----------------------------------------------------------------------------------------------------
+# --- exact attention ---
 
 
 def _exact(
@@ -190,7 +195,10 @@ def _exact(
 ) -> tuple[Tensor, Tensor | None]:
     """Exact attention as the model would compute it without skein."""
     needs_eager = (
-        kwargs.get("output_attentions") or kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None
+        kwargs.get("output_attentions")
+        or kwargs.get("softcap") is not None
+        or kwargs.get("s_aux") is not None
+        or (kwargs.get("position_bias") is not None and not _SDPA_TAKES_POSITION_BIAS)
     )
     if mask is not None and mask.ndim == 3:
         if not needs_eager:
@@ -239,7 +247,7 @@ def _padding_from_4d(mask: Tensor) -> Tensor:
     return ~dropped if bool((dropped | (row == 0)).all()) else mask
 
 
-# --- configuration ------------------------------------------------------------------------------------------------------
+# --- configuration ---
 
 
 def _skein_config(config: PretrainedConfig | None) -> SkeinConfig:
@@ -291,7 +299,7 @@ def _nested_configs(config: PretrainedConfig) -> list[PretrainedConfig]:
     return children + [grandchild for child in children for grandchild in _nested_configs(child)]
 
 
-# --- classes that bypass the registry -----------------------------------------------------------------------------------
+# --- classes that bypass the registry ---
 
 
 def own_attention_classes(model_class: type) -> list[str]:
@@ -327,24 +335,25 @@ def _source(thing) -> str:
 def _check_class(model_class: type) -> None:
     own = own_attention_classes(model_class)
     if not calls_registry(model_class):
+        own_text = f" (it computes {', '.join(own)} itself)" if own else ""
         raise ValueError(
-            f"{model_class.__name__} does not support attn_implementation={NAME!r}: it never asks Transformers' attention "
-            f"registry{' (it computes ' + ', '.join(own) + ' itself)' if own else ''} and would silently run its own "
-            "attention. Load it without attn_implementation, or convert the checkpoint to an architecture that does "
-            "(BERT, RoBERTa, ...)."
+            f"{model_class.__name__} does not support attn_implementation={NAME!r}: it never asks Transformers' "
+            f"attention registry{own_text} and would silently run "
+            "its own attention. Load it without attn_implementation, or convert the checkpoint to an architecture "
+            "that does (BERT, RoBERTa, ...)."
         )
     if own:
         logger.warning(
-            f"skein: parts of {model_class.__name__} bypass Transformers' attention registry and run their own attention "
-            f"where the model uses them: {', '.join(own)}."
+            f"skein: parts of {model_class.__name__} bypass Transformers' attention registry and run their own "
+            f"attention where the model uses them: {', '.join(own)}."
         )
 
 
 def _check_at_load() -> None:
     """Have `from_pretrained`, `from_config` and `set_attn_implementation` refuse classes that bypass the registry.
 
-    The registries are not told which class asks, so this is the one place where a method of Transformers is wrapped: the
-    check that every model runs on the name of its attention, for our name only.
+    The registries are not told which class asks, so this is the one place where a method of Transformers is wrapped:
+    the check that every model runs on the name of its attention, for our name only.
     """
     original = PreTrainedModel.get_correct_attn_implementation
 
@@ -373,3 +382,6 @@ def register() -> None:
         interface.register(NAME, function)
     if not hasattr(PreTrainedModel.get_correct_attn_implementation, "__wrapped__"):
         _check_at_load()
+
+
+register()

@@ -5,8 +5,8 @@ Two identities spare most of the reference's work.
 *Virtual key.* `exp(s q·mean(K))` is the geometric mean of `exp(s q·k)`, so the geometric and the mean residual are one
 more key `mean(K)` with value `mean(V_rest)` and logit bias `log(n - d)`: gather, append, call the fused attention.
 
-*Second-order residual from the logits.* Over keys and values centred on their means, the sums over the columns not chosen
-are minus those over the chosen ones, and with `l_j = s q·k_j` of the chosen, `r = n - d`, `M = Σ k kᵀ`, `C = Σ k vᵀ`:
+*Second-order residual from the logits.* Over keys and values centred on their means, the sums over the columns not
+chosen are minus those over the chosen; with `l_j = s q·k_j` of the chosen, `r = n - d`, `M = Σ k kᵀ`, `C = Σ k vᵀ`:
 
     a = -Σ l_j / r,    z = 1 + ½ [(s² qᵀMq - Σ l_j²) / r - a²],    u = exp(a)
     output · (Σ exp(l_j) + r u z) = Σ (exp(l_j) - u (z - a + l_j)) v_j + u s Cᵀq

@@ -36,7 +36,7 @@ def error(result, reference):
     return ((result.double() - reference.double()).norm() / reference.double().norm()).item()
 
 
-# --- the PyTorch path is the reference ----------------------------------------------------------------------------------
+# --- the PyTorch path is the reference ---
 
 VARIANTS = [
     *({"method": m, "residual": r} for m, r in itertools.product(("adaptive", "skeinformer"), (None, "mean"))),
@@ -85,7 +85,7 @@ def test_lower_precision_matches_the_float64_reference(method, dtype):
         assert error(result, expected) < TOLERANCE[dtype]
 
 
-# --- promise 1: exact when it can be ------------------------------------------------------------------------------------
+# --- promise 1: exact when it can be ---
 
 
 @pytest.mark.parametrize("method", ["adaptive", "skeinformer", "vmean", "exact"])
@@ -125,7 +125,7 @@ def test_method_vmean():
     torch.testing.assert_close(output, v_mean(query, value.repeat_interleave(2, 1)))
 
 
-# --- promise 2: a function of the sequence alone ------------------------------------------------------------------------
+# --- promise 2: a function of the sequence alone ---
 
 METHODS = [{"method": "adaptive"}, {"method": "skeinformer"}, {"method": "adaptive", "column_sampling": "uniform"}]
 
@@ -168,7 +168,7 @@ def test_seed_layer_and_head_change_the_draws():
     assert not torch.equal(output, skein_attention(query, key, value, config=other))
 
 
-# --- promise 4: stable --------------------------------------------------------------------------------------------------
+# --- promise 4: stable ---
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -239,7 +239,7 @@ def test_poison_in_the_padding_stays_there():
         assert torch.equal(output[1, :, :70], clean[1, :, :70])
 
 
-# --- promise 5: linear memory -------------------------------------------------------------------------------------------
+# --- promise 5: linear memory ---
 
 
 @pytest.mark.parametrize("method", ["adaptive", "skeinformer"])
@@ -276,7 +276,7 @@ def test_32768_tokens_run_forward_and_backward():
     assert all(x.grad.isfinite().all() for x in (query, key, value))
 
 
-# --- promise 6: gradients -----------------------------------------------------------------------------------------------
+# --- promise 6: gradients ---
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
@@ -312,7 +312,7 @@ def test_dropout_is_unbiased_and_reproducible():
         assert error(mean, plain) < 0.1
 
 
-# --- inputs -------------------------------------------------------------------------------------------------------------
+# --- inputs ---
 
 
 def test_all_forms_of_the_padding_mask_agree():

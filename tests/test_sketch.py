@@ -22,7 +22,7 @@ def heads_of(n_q, n_k, p=24, heads=2, dtype=torch.float64):
     return query, key, value
 
 
-# --- Algorithm 1 --------------------------------------------------------------------------------------------------------
+# --- Algorithm 1 ---
 
 
 def algorithm_1(query, key, value, pilots, drawn, row_normalization, reuse):
@@ -102,7 +102,7 @@ def test_zero_probability_is_drawn_last():
         assert {1, 2} < set(draw_columns(log_p, 3, uniform(seed, 0, torch.arange(1), 1, 4))[0].tolist())
 
 
-# --- random numbers -----------------------------------------------------------------------------------------------------
+# --- random numbers ---
 
 
 def test_random_numbers_are_uniform_and_keyed():
@@ -130,7 +130,7 @@ def test_random_numbers_do_not_touch_the_global_generator_or_depend_on_the_count
     assert gumbel(long).isfinite().all()
 
 
-# --- routing ------------------------------------------------------------------------------------------------------------
+# --- routing ---
 
 
 @pytest.mark.parametrize(("n", "blocks"), [(1, 1), (63, 4), (64, 64), (65, 5), (257, 17), (100, 1), (130, 128)])
@@ -178,7 +178,7 @@ def test_top_direction_and_components_agree_with_the_eigendecomposition():
     assert top_direction(torch.zeros(2, 4, 4)).isfinite().all()
 
 
-# --- pilots, columns, residuals -----------------------------------------------------------------------------------------
+# --- pilots, columns, residuals ---
 
 
 def test_pilots_are_means_of_their_block():

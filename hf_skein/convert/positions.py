@@ -90,8 +90,8 @@ def _check_arguments(model: object, tokenizer: object, max_length: object, metho
             f"max_length must be an int, the number of tokens of the longest document, got {max_length!r} "
             f"({type(max_length).__name__})."
         )
-    if method not in _METHODS:
-        raise ValueError(f"method must be one of {sorted(_METHODS)}, got {method!r}.")
+    if method not in (allowed := sorted(_METHODS)):
+        raise ValueError(f"method must be one of {allowed}, got {method!r}.")
 
 
 def _find_embeddings(model: nn.Module) -> list[nn.Module]:

@@ -19,8 +19,9 @@ def select(
 ) -> Selection:
     """Blocks by routing; columns by the block's pilots and the distance of each value from the mean value.
 
-    The score of column `j` in block `g` is `π_g[j] · ‖v_j - mean(V)‖`, with `π_g` the attention of the block's mean query
-    (or the root mean square over several). The first `exact_rows` tokens are exact rows and columns of every block.
+    The score of column `j` in block `g` is `π_g[j] · ‖v_j - mean(V)‖`, with `π_g` the attention of the block's
+    mean query (or the root mean square over several). The first `exact_rows` tokens are exact rows and columns of
+    every block.
 
     Args:
         query: `[h, n_q, p]`.

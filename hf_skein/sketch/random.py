@@ -1,6 +1,7 @@
 """Counter-based random numbers: a value depends on (seed, layer, head, stream, position) and on nothing else.
 
-No global generator is read or advanced, so batch neighbours, padding, the device and recomputation cannot change a draw.
+No global generator is read or advanced, so batch neighbours, padding, the device and recomputation cannot change a
+draw.
 """
 
 from __future__ import annotations

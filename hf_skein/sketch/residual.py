@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def geometric(query: Tensor, chosen_key: Tensor, rest_key: Tensor, rest_value: Tensor, scale: float):
-    """Eq. 6 of the paper: every column counts as the geometric mean of the *chosen* ones, `g = exp(s q·mean(K_chosen))`.
+    """Eq. 6 of the paper: a column counts as the geometric mean of the *chosen*, `g = exp(s q·mean(K_chosen))`.
 
     Args:
         query: `[m, p]`.
@@ -28,7 +28,7 @@ def geometric(query: Tensor, chosen_key: Tensor, rest_key: Tensor, rest_value: T
 
 
 def mean(query: Tensor, chosen_key: Tensor, rest_key: Tensor, rest_value: Tensor, scale: float):
-    """The geometric mean of the columns *not* chosen, `exp(s q·mean(K_rest))`. Arguments and returns as in `geometric`."""
+    """The geometric mean of the columns *not* chosen, `exp(s q·mean(K_rest))`. Otherwise as `geometric`."""
     return _log_mass(query, rest_key.mean(0), len(rest_key), scale), rest_value.mean(0)
 
 

@@ -1,5 +1,5 @@
-"""`method="skeinformer"`: Algorithm 1 of "Sketching as a Tool for Understanding and Accelerating Self-attention for Long
-Sequences" (Chen, Zeng, Hakkani-Tur, Jin, Ji, Yang; NAACL 2022, arXiv 2112.05359)."""
+"""`method="skeinformer"`: Algorithm 1 of "Sketching as a Tool for Understanding and Accelerating Self-attention for
+Long Sequences" (Chen, Zeng, Hakkani-Tur, Jin, Ji, Yang; NAACL 2022, arXiv 2112.05359)."""
 
 from __future__ import annotations
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import bidirectional_mask_function, prepare_padding_mask, sdpa_mask
+from transformers.models.auto.modeling_auto import MODEL_MAPPING
 from transformers.utils import logging
 
 from .attention import skein_attention
@@ -66,6 +67,8 @@ def skein_attention_forward(
     config = _skein_config(getattr(module, "config", None)).for_layer(layer)
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
+    # As in sdpa, the flag only speaks where no mask does; bidirectional attention always gets one from `skein_mask`.
+    is_causal = is_causal and attention_mask is None and query.shape[2] > 1
     if (
         attention_mask is not None
         and attention_mask.ndim == 4
@@ -100,10 +103,11 @@ def skein_mask(
     """What Transformers calls to build masks for `attn_implementation="skein"`; never n x n where skein attends.
 
     Returns:
-        Plain bidirectional attention: the padding mask `[batch, kv_length]`, or None if nothing is padding. A
-        bidirectional sliding window: the band `[batch, n, 2w + 1]`, see `local.band_mask`. Anything else: what sdpa
-        gets.
+        Plain bidirectional attention: the padding mask `[batch, kv_length]`, all True if nothing is padding (None would
+        leave a module that does not know `is_causal` in doubt). A bidirectional sliding window: the band
+        `[batch, n, 2w + 1]`, see `local.band_mask`. Anything else: what sdpa gets.
     """
+    device = kwargs["device"] if "device" in kwargs else kwargs["cache_position"].device
     # Only the makers of bidirectional masks pass this argument.
     is_bidirectional = "allow_is_bidirectional_skip" in kwargs
     if is_bidirectional and not use_vmap and kv_offset == 0:
@@ -111,9 +115,13 @@ def skein_mask(
         if padding is not None:
             padding = padding[:, :kv_length]
         if mask_function is bidirectional_mask_function or (local_size is not None and kv_length <= local_size):
+            if padding is None:
+                padding = torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)
             return padding
         if local_size is not None and _query_length(kwargs) == kv_length:
-            return band_mask(mask_function, batch_size, kv_length, local_size, padding, kwargs.get("device"))
+            return band_mask(mask_function, batch_size, kv_length, local_size, padding, device)
+    if not _knows_is_causal(type(kwargs.get("config"))):
+        kwargs["allow_is_causal_skip"] = False
     return sdpa_mask(
         batch_size=batch_size,
         kv_length=kv_length,
@@ -124,6 +132,14 @@ def skein_mask(
         use_vmap=use_vmap,
         **kwargs,
     )
+
+
+@functools.cache
+def _knows_is_causal(config_class: type) -> bool:
+    """Whether a model's attention modules say by `is_causal` what no mask means: those made for sdpa do."""
+    model_class = MODEL_MAPPING.get(config_class, None)
+    model_classes = model_class if isinstance(model_class, tuple) else (model_class,)
+    return all(getattr(c, "_supports_sdpa", False) for c in model_classes)
 
 
 def _query_length(kwargs: dict) -> int:
@@ -151,7 +167,7 @@ def _why_exact(
     if (mask is not None and mask.ndim == 3) or kwargs.get("sliding_window") is not None:
         return "a sliding window"
     if mask is not None and mask.ndim == 4:
-        return "a causal mask" if is_causal else "a 4D attention mask"
+        return "a 4D attention mask (causal, packed or the caller's own)"
     if getattr(module, "is_decoder", False) or getattr(getattr(module, "config", None), "is_decoder", False):
         return "a decoder"
     if is_causal:
@@ -205,9 +221,7 @@ def _exact(
             return local_attention(query, key, value, mask, scaling, dropout).transpose(1, 2).contiguous(), None
         mask = _dense(mask)
     elif mask is not None and mask.ndim == 2:
-        mask = mask[:, None, None, :].expand(-1, 1, query.shape[2], -1)
-        if is_causal and query.shape[2] > 1:
-            mask = mask & _causal(query, key)
+        mask = None if bool(mask.all()) else mask[:, None, None, :].expand(-1, 1, query.shape[2], -1)
     if not needs_eager:
         return sdpa_attention_forward(
             module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
@@ -218,16 +232,12 @@ def _exact(
             f"{type(module).__name__} needs its own eager attention here, and {type(module).__module__} has none. "
             'Load the model with attn_implementation="eager".'
         )
-    if mask is None and is_causal and query.shape[2] > 1:
-        mask = _causal(query, key)
+    if mask is None and is_causal:
+        n_q, n_k = query.shape[2], key.shape[2]
+        mask = torch.ones(n_q, n_k, dtype=torch.bool, device=query.device).tril(n_k - n_q)[None, None]
     if mask is not None and mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
     return eager(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)
-
-
-def _causal(query: Tensor, key: Tensor) -> Tensor:
-    n_q, n_k = query.shape[2], key.shape[2]
-    return torch.ones(n_q, n_k, dtype=torch.bool, device=query.device).tril(n_k - n_q)[None, None]
 
 
 def _dense(band: Tensor) -> Tensor:

@@ -88,6 +88,11 @@ OVERRIDES = {
     "longt5": {"encoder_attention_type": "transient-global"},
     "modernbert": {"local_attention": 8, "global_attn_every_n_layers": 2},
 }
+_GEMMA = {
+    name: SIZES[name] for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+}
+_GEMMA |= {name: SIZES[name] for name in ("num_key_value_heads", "head_dim", "vocab_size")}
+OVERRIDES["t5gemma"] = {"encoder": _GEMMA, "decoder": {**_GEMMA, "cross_attention_hidden_size": 32}}
 # The reason why no layer is sketched.
 POSITION_BIAS = ("t5", "umt5", "mt5", "longt5", "switch_transformers")
 ALL_EXACT = {"t5gemma": "soft-capped", **dict.fromkeys(POSITION_BIAS, "position bias")}
@@ -103,9 +108,14 @@ def discovered() -> list[str]:
         folder = Path(transformers.__file__).parent / "models" / module
         sources = [file.read_text(encoding="utf-8") for file in folder.glob("modeling_*.py")]
         source = next((source for source in sources if f"class {name}(" in source), "")
-        if "get_interface(" in source and "create_bidirectional_mask(" in source:
-            if getattr(transformers, name).main_input_name == "input_ids":
-                found.append(model_type)
+        if "get_interface(" not in source or "create_bidirectional_mask(" not in source or "input_ids" not in source:
+            continue
+        try:
+            model_class = getattr(transformers, name)
+        except ModuleNotFoundError:  # some vision models need torchvision
+            continue
+        if model_class.main_input_name == "input_ids":
+            found.append(model_type)
     return found
 
 
@@ -131,7 +141,7 @@ def exact_model(model_type: str):
     with torch.no_grad():  # the usual initialisation is so small that attention would hardly matter
         for parameter in model.parameters():
             if parameter.ndim > 1:
-                parameter.normal_(std=0.2)
+                parameter.normal_(std=0.1 if model_type == "mobilebert" else 0.2)  # it has no layer norm
     return model
 
 
@@ -220,7 +230,7 @@ def test_family(model_type, monkeypatch):
         torch.testing.assert_close(above, expected, rtol=1e-5, atol=1e-5)
     else:
         assert len(calls) == full_layers(model)
-        assert (above - expected).abs().max() > 1e-3
+        assert (above - expected).abs().max() > 1e-4
     found = gradients(model, inputs)
     assert set(found) == set(expected_gradients)
     assert all(gradient.isfinite().all() for gradient in found.values())
@@ -244,6 +254,6 @@ def test_a_class_that_never_calls_the_registry_is_refused_at_load(model_type, tm
     with pytest.raises(ValueError, match="never asks Transformers' attention registry"):
         AutoModel.from_config(config, attn_implementation="skein")
     if model_type == "mpnet":
-        AutoModel.from_config(config).save_pretrained(tmp_path)
+        AutoModel.from_config(tiny_config(model_type)).save_pretrained(tmp_path)
         with pytest.raises(ValueError, match=r"MPNetModel.*MPNetSelfAttention"):
             AutoModel.from_pretrained(tmp_path, attn_implementation="skein")

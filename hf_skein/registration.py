@@ -299,14 +299,21 @@ def configure(model_or_config: PreTrainedModel | PretrainedConfig, **fields) -> 
         )
     result = SkeinConfig.from_dict({**_skein_config(config).to_dict(), **fields})
     values = result.to_dict()
-    for nested in [config, *_nested_configs(config)]:
-        nested.skein = dict(values)
+    for one in _all_configs(model_or_config, config):
+        one.skein = dict(values)
     return result
 
 
-def _nested_configs(config: PretrainedConfig) -> list[PretrainedConfig]:
-    children = [child for name in config.sub_configs if (child := getattr(config, name, None)) is not None]
-    return children + [grandchild for child in children for grandchild in _nested_configs(child)]
+def _all_configs(model_or_config, config: PretrainedConfig) -> list[PretrainedConfig]:
+    """The configuration, those nested in it, and those that modules hold (T5 gives encoder and decoder a copy)."""
+    found = [config]
+    if isinstance(model_or_config, nn.Module):
+        found += [
+            m.config for m in model_or_config.modules() if isinstance(getattr(m, "config", None), PretrainedConfig)
+        ]
+    for one in found:  # grows while it is walked
+        found += [c for name in one.sub_configs if (c := getattr(one, name, None)) is not None]
+    return found
 
 
 # --- classes that bypass the registry ---

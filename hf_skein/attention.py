@@ -141,7 +141,7 @@ def _sketch(
     if query.dtype in (torch.float16, torch.bfloat16):
         query, key, value = query.float(), key.float(), value.float()
     # Softmax does not change when every key moves by the same vector; centred keys have the smaller logits.
-    key = key - key.mean(-2, keepdim=True).detach()
+    key = key - key.mean(-2, keepdim=True)
     group = len(query) // len(key)
     key, value = key.repeat_interleave(group, 0), value.repeat_interleave(group, 0)
     heads = torch.arange(len(query), device=query.device)

@@ -39,7 +39,7 @@ def attend(
     config: SkeinConfig,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Sketched attention of all heads of one sequence. Arguments as in `sketch.rows.attend`.
+    """Sketched attention of all heads of one sequence. Arguments as in `sketch.rows.attend`; keys have mean zero.
 
     Only inputs and the selection are kept for the backward pass, which computes one head at a time again.
 
@@ -82,10 +82,10 @@ def _attend_head(
     step = max(1, LOGITS_PER_STEP // (index.shape[1] * columns.shape[1]))
     if len(index) == 1:  # one block of all queries: cut it, its columns serve every piece
         pieces = index[0].split(max(1, LOGITS_PER_STEP // columns.shape[1]))
-        output = torch.cat([rows(query[piece][None], columns)[0] for piece in pieces])
+        output = torch.cat([rows(_gather(query, piece[None]), columns)[0] for piece in pieces])
     else:
         pieces = zip(index.split(step), columns.split(step), strict=True)
-        output = torch.cat([rows(query[piece], chosen) for piece, chosen in pieces]).flatten(0, 1)
+        output = torch.cat([rows(_gather(query, piece), chosen) for piece, chosen in pieces]).flatten(0, 1)
     output = output[slot]
     if len(exact_rows):
         exact = F.scaled_dot_product_attention(
@@ -97,26 +97,31 @@ def _attend_head(
 
 def _second_order(key: Tensor, value: Tensor, scale: float, dropout: float):
     value_mean = value.mean(0)
-    key, value = key - key.mean(0), value - value_mean
-    n = len(key)
+    value = value - value_mean
     key_second, key_value = scale**2 * (key.T @ key), scale * (key.T @ value)
 
     def rows(query: Tensor, columns: Tensor) -> Tensor:
-        chosen_value = value[columns]
-        logits = (query * scale) @ key[columns].mT  # [blocks, m, d]
-        rest = n - columns.shape[-1]
-        a = -logits.sum(-1, keepdim=True) / rest
-        second = ((query @ key_second) * query).sum(-1, keepdim=True) - logits.square().sum(-1, keepdim=True)
+        chosen_key, chosen_value = _gather(key, columns), _gather(value, columns)
+        rest = len(key) - columns.shape[-1]
+        logits = (query * scale) @ chosen_key.mT  # [blocks, m, d]
+        a = query @ chosen_key.sum(-2)[..., None] * (-scale / rest)
+        second = ((query @ key_second) * query).sum(-1, keepdim=True)
+        second = second - torch.linalg.vector_norm(logits, dim=-1, keepdim=True).square()
         z = 1 + (second / rest - a.square()).clamp_min(0) / 2
-        top = torch.maximum(logits.amax(-1, keepdim=True), a + (rest * z).log()).detach()
-        exponentials, u = (logits - top).exp(), (a - top).exp()
+        top = torch.maximum(logits.detach().amax(-1, keepdim=True), (a + (rest * z).log()).detach())
+        exponentials, u = (logits - top).exp_(), (a - top).exp()
         mass = exponentials.sum(-1, keepdim=True) + rest * u * z
-        weights = (exponentials - u * (z - a + logits)) / mass
+        weights = torch.addcmul(exponentials, logits, u, value=-1).sub_(u * (z - a))
         if dropout:
             weights = F.dropout(weights, dropout)
-        return weights @ chosen_value + (u / mass) * (query @ key_value) + value_mean
+        return (weights @ chosen_value + u * (query @ key_value)) / mass + value_mean
 
     return rows
+
+
+def _gather(x: Tensor, rows: Tensor) -> Tensor:
+    """`x[rows]`, by whole rows: `[n, p]` and `[blocks, d]` to `[blocks, d, p]`."""
+    return x.index_select(0, rows.flatten()).view(*rows.shape, -1)
 
 
 def _virtual_key(geometric: bool):
@@ -124,7 +129,7 @@ def _virtual_key(geometric: bool):
         n, key_sum, value_sum = len(key), key.sum(0), value.sum(0)
 
         def rows(query: Tensor, columns: Tensor) -> Tensor:
-            chosen_key, chosen_value = key[columns], value[columns]
+            chosen_key, chosen_value = _gather(key, columns), _gather(value, columns)
             rest = n - columns.shape[-1]
             rest_key = chosen_key.mean(-2) if geometric else (key_sum - chosen_key.sum(-2)) / rest
             rest_value = (value_sum - chosen_value.sum(-2)) / rest
@@ -146,7 +151,9 @@ def _virtual_key(geometric: bool):
 
 def _simple(key: Tensor, value: Tensor, scale: float, dropout: float):
     def rows(query: Tensor, columns: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(query, key[columns], value[columns], dropout_p=dropout, scale=scale)
+        return F.scaled_dot_product_attention(
+            query, _gather(key, columns), _gather(value, columns), dropout_p=dropout, scale=scale
+        )
 
     return rows
 
@@ -157,8 +164,8 @@ def _unnormalized(key: Tensor, value: Tensor, scale: float, dropout: float):
         # The true row sums cost n² time; pieces of rows keep the memory linear.
         pieces = query.flatten(0, 1).split(max(1, LOGITS_PER_STEP // len(key)))
         row_sum = torch.cat([torch.logsumexp(piece @ key.T, -1) for piece in pieces]).view(*query.shape[:2], 1)
-        weights = (query @ key[columns].mT - row_sum).exp()
-        return F.dropout(weights, dropout) @ value[columns]
+        weights = (query @ _gather(key, columns).mT - row_sum).exp()
+        return F.dropout(weights, dropout) @ _gather(value, columns)
 
     return rows
 

@@ -5,22 +5,17 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
-import platform
 import resource
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import accelerate
-import datasets
 import numpy as np
 import torch
-import transformers
+from _record import provenance, write_json
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from datasets import Dataset
@@ -486,20 +481,10 @@ def public_settings(args: argparse.Namespace, accelerator: Accelerator) -> dict[
 
 def run_record(settings: Mapping[str, Any], model: PreTrainedModel, progress: Progress) -> dict[str, Any]:
     """What every script records about a run: settings, versions, hardware, commit, losses, time and memory."""
-    packages = (torch, transformers, accelerate, datasets, hf_skein)
-    versions = {"python": platform.python_version()} | {package.__name__: package.__version__ for package in packages}
-    git = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        commit = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip() or None
-    except OSError:
-        commit = None
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "settings": dict(settings),
         "skein": getattr(model.config, "skein", None),
-        "versions": versions,
-        "hardware": {"cpu_count": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu},
-        "commit": commit,
+        **provenance("transformers", "accelerate", "datasets", "hf-skein"),
         "losses": progress.losses,
         "validation": progress.validation,
         "best_epoch": progress.best_epoch,
@@ -522,10 +507,3 @@ def peak_memory_mib() -> float:
         return torch.cuda.max_memory_allocated() / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10  # bytes there, KiB elsewhere
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes indented JSON, complete or not at all."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)

@@ -44,13 +44,10 @@ def select(
     else:
         pilots = block_means(query, blocks, config.num_pilots or 1)
         value_norm = log_value_norm(value, center=True)
-        columns = torch.cat(  # head by head, because the scores are blocks x n
-            [
-                top_columns(
-                    log_rms_attention(pilots[h : h + 1], key[h : h + 1], scale) + value_norm[h],
-                    config.num_columns,
-                    sinks=config.exact_rows,
-                )
+        value_norm[:, : config.exact_rows] = torch.inf  # always taken
+        columns = torch.cat(
+            [  # head by head, because the scores are blocks x n
+                top_columns(log_rms_attention(pilots[[h]], key[[h]], scale).add_(value_norm[h]), config.num_columns)
                 for h in range(n_heads)
             ]
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .random import gumbel
@@ -23,20 +22,16 @@ def log_value_norm(value: Tensor, center: bool) -> Tensor:
     return value.norm(dim=-1).log()
 
 
-def top_columns(score: Tensor, count: int, sinks: int = 0) -> Tensor:
-    """The `count` columns of the highest score, the first `sinks` always among them.
+def top_columns(score: Tensor, count: int) -> Tensor:
+    """The `count` columns of the highest score.
 
     Args:
         score: `[..., n]`.
         count: Columns to take, at most `n`.
-        sinks: Leading columns that are always taken.
 
     Returns:
         `[..., count]` int64, in no particular order.
     """
-    if sinks:
-        score = score.clone()
-        score[..., :sinks] = torch.inf
     return score.topk(count, dim=-1, sorted=False).indices
 
 

@@ -117,15 +117,16 @@ def route(query: Tensor, blocks: int) -> Blocks:
 
 def _split_level(points: Tensor, order: Tensor, first: Tensor) -> Tensor:
     """Sort every node (ranks `first[i]` to `first[i+1]`) of every head along its own top principal direction."""
-    heads, _, components = points.shape
+    heads, n, components = points.shape
     table, valid = _segments(first[:-1], first[1:])
     members = order[:, table]  # [h, nodes, m]
-    x = points.gather(1, members.flatten(1)[..., None].expand(-1, -1, components))
-    x = x.view(heads, *table.shape, components)
-    count = valid.sum(-1)[:, None, None].to(x.dtype)
-    x = torch.where(valid[..., None], x, 0)
-    x = torch.where(valid[..., None], x - x.sum(-2, keepdim=True) / count, 0)
-    projection = (x @ top_direction(x.mT @ x)[..., None]).squeeze(-1)
+    row = members + n * torch.arange(heads, device=order.device)[:, None, None]
+    x = points.flatten(0, 1).index_select(0, row.flatten()).view(heads, *table.shape, components)
+    if not valid.all():
+        x = x * valid[..., None]
+    total = x.sum(-2)
+    covariance = x.mT @ x - total[..., :, None] * (total / valid.sum(-1)[:, None])[..., None, :]
+    projection = (x @ top_direction(covariance)[..., None]).squeeze(-1)
     projection = projection.masked_fill(~valid, torch.inf)  # spare slots sort last
     rank = projection.sort(dim=-1, stable=True).indices
     return members.gather(-1, rank)[:, valid]

@@ -1,4 +1,4 @@
-"""The PyTorch path: what `sketch.rows.attend` computes, head by head in pieces that fit the cache, with linear memory.
+"""The PyTorch path: what `sketch.rows.attend` computes, in pieces that fit the cache, with linear memory.
 
 Two identities spare most of the reference's work.
 
@@ -17,6 +17,7 @@ No statistic per block is formed: two products with `[p, p]` matrices per head, 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,11 @@ from .config import SkeinConfig
 from .sketch.rows import Selection, overwrite_rows
 
 
-LOGITS_PER_STEP = 2**18  # logits worked on at a time: with their temporaries a few MB, which a core's cache holds
+LOGITS_PER_STEP = 2**18  # worked on at a time: with their temporaries a few MB, which the cache holds
+LOGITS_PER_GROUP = 2**22  # of the heads that the backward pass computes again at a time
+
+# From queries `[items, m]` and columns `[items, d]`, as rows of the flattened heads, to outputs `[items, m, pv]`.
+Rows = Callable[[Tensor, Tensor], Tensor]
 
 
 def attend(
@@ -41,7 +46,7 @@ def attend(
 ) -> Tensor:
     """Sketched attention of all heads of one sequence. Arguments as in `sketch.rows.attend`; keys have mean zero.
 
-    Only inputs and the selection are kept for the backward pass, which computes one head at a time again.
+    Only inputs and the selection are kept for the backward pass, which computes a group of heads at a time again.
 
     Args:
         dropout: Probability with which an attention weight is dropped, from the global generator as in every dropout.
@@ -50,63 +55,88 @@ def attend(
         `[h, n_q, pv]`.
     """
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    group = max(1, LOGITS_PER_GROUP // (query.shape[1] * selection.columns.shape[-1]))
+    tensors = (
+        query,
+        key,
+        value,
+        selection.blocks.index,
+        selection.blocks.slot,
+        selection.columns,
+        selection.exact_rows,
+    )
     outputs = []
-    for head, (q, k, v) in enumerate(zip(query.unbind(), key.unbind(), value.unbind(), strict=True)):
-        arguments = (q, k, v, _head(selection, head), scale, config, dropout)
+    for heads in zip(*(x.split(group) for x in tensors), strict=True):
+        arguments = (*heads, scale, config, dropout)
         if needs_grad:
-            outputs.append(checkpoint(_attend_head, *arguments, use_reentrant=False, preserve_rng_state=dropout > 0))
+            outputs.append(checkpoint(_attend_heads, *arguments, use_reentrant=False, preserve_rng_state=dropout > 0))
         else:
-            outputs.append(_attend_head(*arguments))
-    return torch.stack(outputs)
+            outputs.append(_attend_heads(*arguments))
+    return torch.cat(outputs)
 
 
-def _head(selection: Selection, head: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Queries by block, their slots, the columns and the exact rows of one head."""
-    blocks = selection.blocks
-    return blocks.index[head], blocks.slot[head], selection.columns[head], selection.exact_rows[head]
-
-
-def _attend_head(
+def _attend_heads(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    selection: tuple[Tensor, Tensor, Tensor, Tensor],
+    index: Tensor,
+    slot: Tensor,
+    columns: Tensor,
+    exact_rows: Tensor,
     scale: float,
     config: SkeinConfig,
     dropout: float,
 ) -> Tensor:
-    """One head: `[n_q, p]`, `[n_k, p]`, `[n_k, pv]` to `[n_q, pv]`."""
-    index, slot, columns, exact_rows = selection
-    rows = _ROWS[config.resolved_residual if config.row_normalization == "adaptive" else config.row_normalization]
-    rows = rows(key, value, scale, dropout)
-    step = max(1, LOGITS_PER_STEP // (index.shape[1] * columns.shape[1]))
-    if len(index) == 1:  # one block of all queries: cut it, its columns serve every piece
-        pieces = index[0].split(max(1, LOGITS_PER_STEP // columns.shape[1]))
-        output = torch.cat([rows(_gather(query, piece[None]), columns)[0] for piece in pieces])
+    """Some heads: `[h, n_q, p]`, `[h, n_k, p]`, `[h, n_k, pv]` and their selection to `[h, n_q, pv]`."""
+    heads, blocks, size = index.shape
+    count = columns.shape[-1]
+    kind = config.resolved_residual if config.row_normalization == "adaptive" else config.row_normalization
+    rows, shift = _ROWS[kind](query, key, value, scale, dropout)
+    items = _flat(index, query.shape[1]).flatten(0, 1)  # [h * blocks, size]
+    chosen = _flat(columns, key.shape[1]).flatten(0, 1)  # [h * blocks, d]
+    if blocks == 1:  # columns serve every piece of a head's queries
+        pieces = items.split(max(1, LOGITS_PER_STEP // (heads * count)), 1)
+        output = torch.cat([rows(piece, chosen) for piece in pieces], 1)
     else:
-        pieces = zip(index.split(step), columns.split(step), strict=True)
-        output = torch.cat([rows(_gather(query, piece), chosen) for piece, chosen in pieces]).flatten(0, 1)
-    output = output[slot]
-    if len(exact_rows):
-        exact = F.scaled_dot_product_attention(
-            query[exact_rows][None], key[None], value[None], dropout_p=dropout, scale=scale
-        )[0]
-        output = overwrite_rows(output, exact_rows, exact)
-    return output
+        step = max(1, LOGITS_PER_STEP // (size * count))
+        pieces = zip(items.split(step), chosen.split(step), strict=True)
+        output = torch.cat([rows(*piece) for piece in pieces])
+    output = _gather(output.flatten(0, 1), _flat(slot, blocks * size)) + shift
+    if exact_rows.shape[1] == 0:
+        return output
+    replaced = _flat(exact_rows, query.shape[1])
+    exact_query = _gather(query.flatten(0, 1), replaced)
+    exact = F.scaled_dot_product_attention(
+        exact_query[None], key[None], value[None], dropout_p=dropout, scale=scale
+    ).squeeze(0)
+    return overwrite_rows(output.flatten(0, 1), replaced.flatten(), exact.flatten(0, 1)).view_as(output)
 
 
-def _second_order(key: Tensor, value: Tensor, scale: float, dropout: float):
-    value_mean = value.mean(0)
+def _flat(index: Tensor, length: int) -> Tensor:
+    """Indices within a head, `[h, ...]`, as indices into `h` heads of `length` rows one after another."""
+    offset = length * torch.arange(len(index), device=index.device)
+    return index + offset.view(-1, *[1] * (index.ndim - 1))
+
+
+def _gather(x: Tensor, rows: Tensor) -> Tensor:
+    """`x[rows]`, by whole rows: `[n, p]` and `[...]` to `[..., p]`."""
+    return x.index_select(0, rows.flatten()).view(*rows.shape, -1)
+
+
+def _second_order(query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: float) -> tuple[Rows, Tensor]:
+    n = key.shape[1]
+    value_mean = value.mean(1, keepdim=True)
     value = value - value_mean
-    key_second, key_value = scale**2 * (key.T @ key), scale * (key.T @ value)
+    square = ((query @ (scale**2 * (key.mT @ key))) * query).sum(-1, keepdim=True)  # s² qᵀMq
+    linear = query @ (scale * (key.mT @ value))  # s Cᵀq
+    query, key, value, square, linear = (x.flatten(0, 1) for x in (query * scale, key, value, square, linear))
 
-    def rows(query: Tensor, columns: Tensor) -> Tensor:
-        chosen_key, chosen_value = _gather(key, columns), _gather(value, columns)
-        rest = len(key) - columns.shape[-1]
-        logits = (query * scale) @ chosen_key.mT  # [blocks, m, d]
-        a = query @ chosen_key.sum(-2)[..., None] * (-scale / rest)
-        second = ((query @ key_second) * query).sum(-1, keepdim=True)
-        second = second - torch.linalg.vector_norm(logits, dim=-1, keepdim=True).square()
+    def rows(index: Tensor, columns: Tensor) -> Tensor:
+        q, chosen_key, chosen_value = _gather(query, index), _gather(key, columns), _gather(value, columns)
+        rest = n - columns.shape[-1]
+        logits = q @ chosen_key.mT  # [items, m, d]
+        a = q @ chosen_key.sum(-2)[..., None] / -rest
+        second = _gather(square, index) - torch.linalg.vector_norm(logits, dim=-1, keepdim=True).square()
         z = 1 + (second / rest - a.square()).clamp_min(0) / 2
         top = torch.maximum(logits.detach().amax(-1, keepdim=True), (a + (rest * z).log()).detach())
         exponentials, u = (logits - top).exp_(), (a - top).exp()
@@ -114,60 +144,67 @@ def _second_order(key: Tensor, value: Tensor, scale: float, dropout: float):
         weights = torch.addcmul(exponentials, logits, u, value=-1).sub_(u * (z - a))
         if dropout:
             weights = F.dropout(weights, dropout)
-        return (weights @ chosen_value + u * (query @ key_value)) / mass + value_mean
+        return (weights @ chosen_value + u * _gather(linear, index)) / mass
 
-    return rows
-
-
-def _gather(x: Tensor, rows: Tensor) -> Tensor:
-    """`x[rows]`, by whole rows: `[n, p]` and `[blocks, d]` to `[blocks, d, p]`."""
-    return x.index_select(0, rows.flatten()).view(*rows.shape, -1)
+    return rows, value_mean
 
 
 def _virtual_key(geometric: bool):
-    def prepare(key: Tensor, value: Tensor, scale: float, dropout: float):
-        n, key_sum, value_sum = len(key), key.sum(0), value.sum(0)
+    def prepare(query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: float) -> tuple[Rows, float]:
+        n, key_sum, value_sum = key.shape[1], key.sum(1), value.sum(1)
+        query, key, value = (x.flatten(0, 1) for x in (query, key, value))
 
-        def rows(query: Tensor, columns: Tensor) -> Tensor:
+        def rows(index: Tensor, columns: Tensor) -> Tensor:
             chosen_key, chosen_value = _gather(key, columns), _gather(value, columns)
             rest = n - columns.shape[-1]
-            rest_key = chosen_key.mean(-2) if geometric else (key_sum - chosen_key.sum(-2)) / rest
-            rest_value = (value_sum - chosen_value.sum(-2)) / rest
+            head = columns[:, 0] // n
+            rest_key = chosen_key.mean(-2) if geometric else (key_sum[head] - chosen_key.sum(-2)) / rest
+            rest_value = (value_sum[head] - chosen_value.sum(-2)) / rest
             bias = query.new_zeros(columns.shape[-1] + 1)
             bias[-1] = math.log(rest)
-            return F.scaled_dot_product_attention(
-                query,
+            return _fused(
+                _gather(query, index),
                 torch.cat([chosen_key, rest_key[:, None]], -2),
                 torch.cat([chosen_value, rest_value[:, None]], -2),
-                attn_mask=bias.expand(query.shape[-2], -1),
-                dropout_p=dropout,
-                scale=scale,
+                scale,
+                dropout,
+                bias.expand(index.shape[-1], -1),
             )
 
-        return rows
+        return rows, 0.0
 
     return prepare
 
 
-def _simple(key: Tensor, value: Tensor, scale: float, dropout: float):
-    def rows(query: Tensor, columns: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(
-            query, _gather(key, columns), _gather(value, columns), dropout_p=dropout, scale=scale
-        )
+def _simple(query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: float) -> tuple[Rows, float]:
+    query, key, value = (x.flatten(0, 1) for x in (query, key, value))
 
-    return rows
+    def rows(index: Tensor, columns: Tensor) -> Tensor:
+        return _fused(_gather(query, index), _gather(key, columns), _gather(value, columns), scale, dropout)
+
+    return rows, 0.0
 
 
-def _unnormalized(key: Tensor, value: Tensor, scale: float, dropout: float):
-    def rows(query: Tensor, columns: Tensor) -> Tensor:
-        query = query * scale
-        # The true row sums cost n² time; pieces of rows keep the memory linear.
-        pieces = query.flatten(0, 1).split(max(1, LOGITS_PER_STEP // len(key)))
-        row_sum = torch.cat([torch.logsumexp(piece @ key.T, -1) for piece in pieces]).view(*query.shape[:2], 1)
-        weights = (query @ _gather(key, columns).mT - row_sum).exp()
+def _fused(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: float, bias: Tensor | None = None
+) -> Tensor:
+    """PyTorch's fused attention over `[items, n, p]`."""
+    query, key, value = (x[:, None] for x in (query, key, value))
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout, scale=scale)[:, 0]
+
+
+def _unnormalized(query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: float) -> tuple[Rows, float]:
+    # The true row sums cost n² time; pieces of rows keep the memory linear.
+    query = query * scale
+    pieces = query.split(max(1, LOGITS_PER_STEP // (len(key) * key.shape[1])), 1)
+    row_sum = torch.cat([torch.logsumexp(piece @ key.mT, -1, keepdim=True) for piece in pieces], 1)
+    query, key, value, row_sum = (x.flatten(0, 1) for x in (query, key, value, row_sum))
+
+    def rows(index: Tensor, columns: Tensor) -> Tensor:
+        weights = (_gather(query, index) @ _gather(key, columns).mT - _gather(row_sum, index)).exp()
         return F.dropout(weights, dropout) @ _gather(value, columns)
 
-    return rows
+    return rows, 0.0
 
 
 _ROWS = {

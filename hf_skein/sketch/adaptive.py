@@ -13,6 +13,9 @@ from .routing import num_blocks, route
 from .rows import Selection
 
 
+SCORES_PER_STEP = 2**20  # blocks x n of some heads: linear in n, as the number of blocks is capped
+
+
 @torch.no_grad()
 def select(
     query: Tensor, key: Tensor, value: Tensor, scale: float, config: SkeinConfig, layer: int, heads: Tensor
@@ -45,10 +48,11 @@ def select(
         pilots = block_means(query, blocks, config.num_pilots or 1)
         value_norm = log_value_norm(value, center=True)
         value_norm[:, : config.exact_rows] = torch.inf  # always taken
+        scores = max(1, SCORES_PER_STEP // (len(blocks.filled) * key.shape[1]))  # heads at a time
         columns = torch.cat(
-            [  # head by head, because the scores are blocks x n
-                top_columns(log_rms_attention(pilots[[h]], key[[h]], scale).add_(value_norm[h]), config.num_columns)
-                for h in range(n_heads)
+            [
+                top_columns(log_rms_attention(p, k, scale).add_(norm[:, None]), config.num_columns)
+                for p, k, norm in zip(pilots.split(scores), key.split(scores), value_norm.split(scores), strict=True)
             ]
         )
     exact_rows = torch.arange(min(config.exact_rows, n_queries), device=query.device).expand(n_heads, -1)

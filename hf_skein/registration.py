@@ -297,11 +297,11 @@ def configure(model_or_config: PreTrainedModel | PretrainedConfig, **fields) -> 
         raise ValueError(
             f"SkeinConfig has no field {', '.join(unknown)}; fields are {', '.join(SkeinConfig.__dataclass_fields__)}."
         )
-    result = SkeinConfig.from_dict({**_skein_config(config).to_dict(), **fields})
-    values = result.to_dict()
-    for one in _all_configs(model_or_config, config):
-        one.skein = dict(values)
-    return result
+    configs = _all_configs(model_or_config, config)
+    results = [SkeinConfig.from_dict({**_skein_config(one).to_dict(), **fields}) for one in configs]
+    for one, result in zip(configs, results, strict=True):
+        one.skein = result.to_dict()
+    return results[0]
 
 
 def _all_configs(model_or_config, config: PretrainedConfig) -> list[PretrainedConfig]:

@@ -22,6 +22,7 @@ from transformers import (
     BartConfig,
     BertConfig,
     BertTokenizer,
+    EncoderDecoderConfig,
     GPT2Config,
     LlamaConfig,
     ModernBertConfig,
@@ -205,6 +206,14 @@ def test_configure_keeps_what_it_is_not_given_and_checks_before_it_changes():
     assert config.skein == before
     with pytest.raises(ValueError, match="expects a model"):
         hf_skein.configure(torch.nn.Linear(1, 1))
+
+
+def test_configure_keeps_what_a_nested_model_was_given():
+    config = EncoderDecoderConfig.from_encoder_decoder_configs(BertConfig(**TINY), BertConfig(**TINY))
+    hf_skein.configure(config.encoder, num_columns=24)
+    hf_skein.configure(config, seed=3)
+    assert (config.encoder.skein["num_columns"], config.encoder.skein["seed"]) == (24, 3)
+    assert (config.decoder.skein["num_columns"], config.decoder.skein["seed"]) == (128, 3)
 
 
 def test_layers_have_their_own_settings(sketched):

@@ -2,8 +2,9 @@ import re
 from importlib.metadata import version
 from pathlib import Path
 
-import hf_skein
 import hf_skein.kernels
+
+import hf_skein
 
 
 ROOT = Path(__file__).parents[1]

@@ -23,24 +23,27 @@ def when_imported(name: str, action: Callable[[], None]) -> None:
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Steps in for one import of one module: the ordinary import system loads it, then `action` runs."""
+    """Steps in for the import of one module: the ordinary import system finds and loads it, then `action` runs."""
 
     def __init__(self, name: str, action: Callable[[], None]) -> None:
-        self.name, self.action = name, action
+        self.name, self.action, self.searching = name, action, False
 
     def find_spec(self, fullname, path=None, target=None) -> importlib.machinery.ModuleSpec | None:
-        if fullname != self.name:
+        if fullname != self.name or self.searching:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        self.searching = True
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self.searching = False
         if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader, self.action)
+            spec.loader = _Loader(spec.loader, self)
         return spec
 
 
 class _Loader(importlib.abc.Loader):
-    def __init__(self, loader: importlib.abc.Loader, action: Callable[[], None]) -> None:
-        self.loader, self.action = loader, action
+    def __init__(self, loader: importlib.abc.Loader, finder: _Finder) -> None:
+        self.loader, self.finder = loader, finder
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
         return self.loader.create_module(spec)
@@ -49,4 +52,6 @@ class _Loader(importlib.abc.Loader):
         # From here on the module is an ordinary one, with its own loader.
         module.__loader__ = module.__spec__.loader = self.loader
         self.loader.exec_module(module)
-        self.action()
+        if self.finder in sys.meta_path:
+            sys.meta_path.remove(self.finder)
+            self.finder.action()

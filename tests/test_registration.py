@@ -117,6 +117,17 @@ print(seconds)
     assert float(output) < 0.3
 
 
+def test_looking_for_transformers_without_importing_it_does_not_use_up_the_hook():
+    code = """
+import importlib.util
+import hf_skein
+importlib.util.find_spec("transformers.modeling_utils")
+from transformers import AttentionInterface
+print("skein" in AttentionInterface())
+"""
+    assert run_python(code).strip() == "True"
+
+
 def test_both_interfaces_are_registered():
     assert AttentionInterface()["skein"] is registration.skein_attention_forward
     assert AttentionMaskInterface()["skein"] is registration.skein_mask

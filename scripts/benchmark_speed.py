@@ -68,7 +68,7 @@ def layer_inputs(name: str, text: str, length: int, layer: int, device: str) -> 
     ids = tokenizer(text, truncation=True, max_length=length, return_tensors="pt")["input_ids"]
     if ids.shape[1] < length:
         raise SystemExit(f"error: the text has {ids.shape[1]} tokens, {length} are needed; give a longer --text.")
-    with torch.inference_mode():
+    with torch.no_grad():
         model(ids)
     return captured["inputs"]
 

@@ -392,6 +392,35 @@ def test_prefix_tuning_with_peft(log):
     assert any("prefix tuning" in record.getMessage() for record in log.records)
 
 
+def test_a_4d_mask_that_is_the_same_for_every_query_is_padding_or_a_bias(sketched, log):
+    layer = bert().encoder.layer[0].attention.self
+    query, key, value = torch.randn(3, 2, 2, 60, 16)
+    mask = torch.arange(60) < torch.tensor([[60], [41]])
+
+    def attend(attention_mask):
+        return registration.skein_attention_forward(layer, query, key, value, attention_mask)[0]
+
+    expected = attend(mask)
+    additive = torch.zeros(2, 1, 1, 60).masked_fill(~mask[:, None, None], torch.finfo(torch.float32).min)
+    assert torch.equal(attend(additive), expected) and torch.equal(attend(mask[:, None, None]), expected)
+    assert len(sketched) == 3
+    bias = additive + torch.randn(60)
+    exact = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=bias).transpose(1, 2)
+    assert error(attend(bias), exact) < 1e-6
+    assert len(sketched) == 3
+    assert any("4D attention mask" in record.getMessage() for record in log.records)
+
+
+def test_attentions_of_sliding_windows():
+    config = sliding_window()[0]
+    ids, mask = token_ids(), torch.ones(2, 60, dtype=torch.long)
+    mask[1, 45:] = 0
+    outputs = [build(config, attn)(ids, attention_mask=mask, output_attentions=True) for attn in ("eager", "skein")]
+    valid = mask.bool()
+    for eager, skein in zip(outputs[0].attentions, outputs[1].attentions, strict=True):
+        torch.testing.assert_close(eager.transpose(1, 2)[valid], skein.transpose(1, 2)[valid], rtol=1e-4, atol=1e-5)
+
+
 def test_padding_is_not_a_packed_document():
     positions = torch.tensor([[0, 1, 2, 3, 1, 1, 1]])
     assert not registration._is_packed({"position_ids": positions})

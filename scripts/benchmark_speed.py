@@ -151,9 +151,7 @@ def plot(record: dict, path: Path) -> None:
         style = {"marker": "o", "color": "black"} if method.startswith("exact") else {"marker": "o"}
         time_axis.plot(lengths, [1e3 * row["forward_seconds"] for row in rows], label=method, **style)
         if not method.startswith("exact"):
-            error_axis.plot(lengths, [row["error"] for row in rows], label=method, marker="o")
-        else:
-            error_axis.plot([], [])  # keeps the colours of the two panels together
+            error_axis.plot(lengths, [row["error"] for row in rows], marker="o")
     time_axis.set(xscale="log", yscale="log", ylabel="forward of one layer, ms", xlabel="tokens")
     error_axis.set(xscale="log", ylabel="relative error of the layer's output", xlabel="tokens", ylim=(0, None))
     for axis in (time_axis, error_axis):

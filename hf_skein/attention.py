@@ -67,6 +67,8 @@ def skein_attention(
 
     if config.method == "exact" or n_k <= config.exact_length:
         return exact_attention(query, key, value, mask, scaling, dropout)
+    if query.shape[0] == 0:
+        return query.new_zeros(*query.shape[:3], value.shape[-1])
     sequences = zip(query.unbind(), key.unbind(), value.unbind(), strict=True)
     return torch.stack(
         [
@@ -138,6 +140,13 @@ def _sketch(
     """`[heads, n_q, p]`, `[kv_heads, n_k, p]`, `[kv_heads, n_k, pv]` of one sequence to `[heads, n_q, pv]`."""
     if config.method == "vmean":
         return v_mean(query, value.repeat_interleave(len(query) // len(value), 0))
+    with torch.autocast(query.device.type, enabled=False):  # or it would undo the conversion to float32
+        return _sketch_in_full_precision(query, key, value, scaling, config, layer, dropout)
+
+
+def _sketch_in_full_precision(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float, config: SkeinConfig, layer: int, dropout: float
+) -> Tensor:
     if query.dtype in (torch.float16, torch.bfloat16):
         query, key, value = query.float(), key.float(), value.float()
     # Softmax does not change when every key moves by the same vector; centred keys have the smaller logits.

@@ -109,8 +109,9 @@ def skein_mask(
     """
     device = kwargs["device"] if "device" in kwargs else kwargs["cache_position"].device
     # Only the makers of bidirectional masks pass this argument.
-    is_bidirectional = "allow_is_bidirectional_skip" in kwargs
-    if is_bidirectional and not use_vmap and kv_offset == 0:
+    is_bidirectional = kwargs.get("allow_is_bidirectional_skip", False)
+    is_padding = attention_mask is None or attention_mask.ndim == 2
+    if is_bidirectional and is_padding and not use_vmap and kv_offset == 0:
         padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
         if padding is not None:
             padding = padding[:, :kv_length]
@@ -172,6 +173,8 @@ def _why_exact(
         return "a decoder"
     if is_causal:
         return "a causal mask"
+    if _may_be_cross_attention(type(module)) and not hasattr(module, "is_decoder"):
+        return "a module that serves cross-attention too"
     if query.shape[2] != key.shape[2]:
         return "query and key lengths differ (cross-attention, a key-value cache or prefix tuning)"
     if _is_packed(kwargs):
@@ -179,12 +182,19 @@ def _why_exact(
     return None
 
 
+@functools.cache
+def _may_be_cross_attention(module_class: type) -> bool:
+    """Whether an attention module takes keys from elsewhere; then equal lengths do not mean self-attention."""
+    names = inspect.signature(module_class.forward).parameters
+    return bool({"encoder_hidden_states", "key_value_states", "cross_attention_states"} & set(names))
+
+
 def _is_packed(kwargs: dict) -> bool:
     """Whether a row holds several documents: their boundaries are given, or the positions restart."""
     if kwargs.get("cu_seq_lens_q") is not None:
         return True
     position_ids = kwargs.get("position_ids")
-    if position_ids is None or position_ids.ndim != 2 or torch.compiler.is_compiling():
+    if position_ids is None or position_ids.ndim != 2:
         return False
     # Padding may repeat a position (a constant), a new document goes back to the first one.
     return bool(((position_ids[:, 1:] < position_ids[:, :-1]) & (position_ids[:, 1:] == position_ids[:, :1])).any())
@@ -214,6 +224,7 @@ def _exact(
         kwargs.get("output_attentions")
         or kwargs.get("softcap") is not None
         or kwargs.get("s_aux") is not None
+        or not _knows_is_causal(type(getattr(module, "config", None)))  # its eager function is all the class has
         or (kwargs.get("position_bias") is not None and not _SDPA_TAKES_POSITION_BIAS)
     )
     if mask is not None and mask.ndim == 3:
@@ -380,6 +391,7 @@ def _check_at_load() -> None:
             _check_class(type(self))
         return original(self, requested_attention, *args, **kwargs)
 
+    get_correct_attn_implementation.checks_skein = True
     PreTrainedModel.get_correct_attn_implementation = get_correct_attn_implementation
 
 
@@ -391,13 +403,13 @@ def register() -> None:
     """
     for interface, function in ((AttentionInterface, skein_attention_forward), (AttentionMaskInterface, skein_mask)):
         present = interface._global_mapping.get(NAME)
-        if present is not None and present is not function:
+        if present is not None and present.__module__ != function.__module__:
             raise ValueError(
                 f"{interface.__name__} already has an entry {NAME!r} ({present.__module__}.{present.__qualname__}). "
                 "Import hf_skein before whatever registers it, or do without one of the two."
             )
         interface.register(NAME, function)
-    if not hasattr(PreTrainedModel.get_correct_attn_implementation, "__wrapped__"):
+    if not hasattr(PreTrainedModel.get_correct_attn_implementation, "checks_skein"):
         _check_at_load()
 
 

@@ -184,6 +184,32 @@ def test_extreme_logits(variant, dtype):
     assert output.abs().max() <= bound * value.abs().max()
 
 
+@pytest.mark.parametrize("method", ["adaptive", "skeinformer"])
+def test_autocast_does_not_lower_the_precision_of_the_sketch(method):
+    query, key, value = (3 * x for x in inputs(300, batch=1, p=40, dtype=torch.float32))
+    config = SkeinConfig(**SMALL, method=method)
+    expected = skein_attention(query, key, value, config=config)
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype):
+            assert torch.equal(skein_attention(query, key, value, config=config), expected)
+
+
+def test_a_query_that_is_not_finite_spoils_its_own_row_only():
+    for poison in (torch.nan, torch.inf):
+        query, key, value = inputs(301, batch=1, p=24, dtype=torch.float32)
+        query[0, :, 137, 3] = poison
+        output = skein_attention(query, key, value, config=SkeinConfig(**SMALL))
+        finite = output.isfinite().all(-1)
+        assert not finite[0, :, 137].any()
+        assert finite.sum() >= 4 * (301 - 16)  # at most the block that shares its pilot
+        assert len(torch.unique(output[0, 0][finite[0, 0]], dim=0)) == finite[0, 0].sum()
+
+
+def test_empty_batch():
+    query, key, value = inputs(100, batch=0)
+    assert skein_attention(query, key, value, config=SkeinConfig(**SMALL)).shape == query.shape
+
+
 def test_a_common_shift_of_all_keys_changes_nothing():
     query, key, value = inputs(150, dtype=torch.float32)
     config = SkeinConfig(**SMALL)

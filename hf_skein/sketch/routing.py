@@ -102,7 +102,8 @@ def route(query: Tensor, blocks: int) -> Blocks:
     bounds = _bounds(n, blocks, query.device)
     order = torch.arange(n, device=query.device).expand(heads, n)
     if blocks > 1:
-        points = principal_components(query, ROUTING_COMPONENTS)
+        # A query that is not finite must not cost the others their place; its own row stays what it is.
+        points = principal_components(query.nan_to_num(0, 0, 0), ROUTING_COMPONENTS)
         leaves = torch.tensor([0, blocks], device=query.device)  # the nodes of this level are leaves[i] .. leaves[i+1]
         while (leaves.diff() > 1).any():
             order = _split_level(points, order, bounds[leaves])
@@ -127,6 +128,6 @@ def _split_level(points: Tensor, order: Tensor, first: Tensor) -> Tensor:
     total = x.sum(-2)
     covariance = x.mT @ x - total[..., :, None] * (total / valid.sum(-1)[:, None])[..., None, :]
     projection = (x @ top_direction(covariance)[..., None]).squeeze(-1)
-    projection = projection.masked_fill(~valid, torch.inf)  # spare slots sort last
+    projection = projection.nan_to_num().masked_fill(~valid, torch.inf)  # spare slots sort last
     rank = projection.sort(dim=-1, stable=True).indices
     return members.gather(-1, rank)[:, valid]

@@ -1,5 +1,6 @@
 """Skein inside Transformers: registration, saving, what cannot be sketched, and the promises on whole models."""
 
+import inspect
 import json
 import logging
 import subprocess
@@ -29,6 +30,7 @@ from transformers import (
     T5Model,
     pipeline,
 )
+from transformers.masking_utils import create_bidirectional_mask
 
 import hf_skein
 from hf_skein import registration
@@ -409,6 +411,34 @@ def test_a_4d_mask_that_is_the_same_for_every_query_is_padding_or_a_bias(sketche
     assert error(attend(bias), exact) < 1e-6
     assert len(sketched) == 3
     assert any("4D attention mask" in record.getMessage() for record in log.records)
+
+
+def test_a_module_that_serves_cross_attention_too_is_exact(sketched, log):
+    """Equal lengths would not tell its cross-attention from self-attention."""
+
+    class Attention(torch.nn.Module):
+        is_causal = False
+        config = BertConfig(**TINY)
+
+        def forward(self, hidden_states, key_value_states=None):
+            return hidden_states
+
+    hf_skein.configure(Attention.config, **SKETCH)
+    query, key, value = torch.randn(3, 2, 2, 60, 16)
+    mask = torch.arange(60) < torch.tensor([[60], [41]])
+    output, _ = registration.skein_attention_forward(Attention(), query, key, value, mask)
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask[:, None, None])
+    assert error(output, expected.transpose(1, 2)) < 1e-6
+    assert not sketched
+
+
+def test_masks_that_will_be_concatenated_are_4d():
+    config = BertConfig(**TINY, attn_implementation="skein")
+    arguments = {"config": config, "inputs_embeds": torch.zeros(2, 60, 32), "attention_mask": torch.ones(2, 60).long()}
+    assert create_bidirectional_mask(**arguments).shape == (2, 60)
+    if "allow_is_bidirectional_skip" in inspect.signature(create_bidirectional_mask).parameters:
+        mask = create_bidirectional_mask(**arguments, allow_is_bidirectional_skip=False)
+        assert mask.shape == (2, 1, 60, 60)
 
 
 def test_attentions_of_sliding_windows():

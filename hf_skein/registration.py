@@ -331,13 +331,14 @@ def _all_configs(model_or_config, config: PretrainedConfig) -> list[PretrainedCo
 
 
 def own_attention_classes(model_class: type) -> list[str]:
-    """Attention modules in a model's source file that compute their own softmax instead of asking the registry."""
+    """Attention modules in a model's source file that attend by themselves instead of asking the registry."""
     module = sys.modules.get(model_class.__module__)
     found = []
     for name, member in vars(module).items() if module is not None else ():
         if inspect.isclass(member) and issubclass(member, nn.Module) and member.__module__ == module.__name__:
             source = _source(member)
-            if "Attention" in name and "softmax(" in source and "get_interface(" not in source:
+            computes = "softmax(" in source or "scaled_dot_product_attention(" in source
+            if "Attention" in name and computes and "get_interface(" not in source:
                 found.append(name)
     return found
 

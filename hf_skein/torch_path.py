@@ -49,7 +49,8 @@ def attend(
     Only inputs and the selection are kept for the backward pass, which computes a group of heads at a time again.
 
     Args:
-        dropout: Probability with which an attention weight is dropped, from the global generator as in every dropout.
+        dropout: Probability with which a column's weight is dropped, from the global generator as in every dropout.
+            With the second-order residual a dropped column counts as zero relative to the mean value.
 
     Returns:
         `[h, n_q, pv]`.

@@ -7,13 +7,10 @@ from torch import Tensor
 
 from ..config import SkeinConfig
 from .columns import draw_columns, log_value_norm, top_columns
-from .pilots import block_means, log_rms_attention
+from .pilots import SCORES_PER_STEP, block_means, log_rms_attention
 from .random import COLUMN_STREAM, uniform
 from .routing import num_blocks, route
 from .rows import Selection
-
-
-SCORES_PER_STEP = 2**20  # blocks x n of some heads: linear in n, as the number of blocks is capped
 
 
 @torch.no_grad()

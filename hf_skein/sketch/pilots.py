@@ -8,6 +8,10 @@ from torch import Tensor
 from .routing import Blocks
 
 
+# Scores of pilots against keys that are held at a time, by taking some heads after others.
+SCORES_PER_STEP = 2**20
+
+
 def random_rows(uniforms: Tensor, num_queries: int) -> Tensor:
     """Row indices drawn uniformly with replacement (step 1 of Algorithm 1).
 

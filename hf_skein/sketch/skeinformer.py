@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..config import SkeinConfig
 from .columns import draw_columns, log_value_norm
-from .pilots import log_rms_attention, random_rows
+from .pilots import SCORES_PER_STEP, log_rms_attention, random_rows
 from .random import COLUMN_STREAM, PILOT_STREAM, uniform
 from .routing import route
 from .rows import Selection
@@ -48,7 +48,9 @@ def select(
         log_probability = torch.zeros_like(uniforms)
     else:
         pilot_query = query.gather(1, rows[..., None].expand(-1, -1, query.shape[-1]))
-        log_probability = log_column_probability(pilot_query, key, value, scale)
+        scores = max(1, SCORES_PER_STEP // (pilots * n_keys))  # heads at a time
+        parts = zip(pilot_query.split(scores), key.split(scores), value.split(scores), strict=True)
+        log_probability = torch.cat([log_column_probability(q, k, v, scale) for q, k, v in parts])
     columns = draw_columns(log_probability, config.num_columns, uniforms)
     if not config.pilot_reutilization:
         rows = rows[:, :0]

@@ -14,6 +14,9 @@ from .sketch.baselines import v_mean
 
 _SELECT = {"adaptive": adaptive.select, "skeinformer": skeinformer.select}
 
+# Some heads after others, so that the many passes over their queries, keys and values find them in the cache.
+NUMBERS_PER_STEP = 2**19
+
 # An additive mask means padding if it only adds zero or something no logit survives.
 _DROPPED = -1000.0
 
@@ -140,6 +143,8 @@ def _sketch(
     """`[heads, n_q, p]`, `[kv_heads, n_k, p]`, `[kv_heads, n_k, pv]` of one sequence to `[heads, n_q, pv]`."""
     if config.method == "vmean":
         return v_mean(query, value.repeat_interleave(len(query) // len(value), 0))
+    if config.backend == "reference" and dropout:
+        raise ValueError('backend="reference" has no dropout; use backend="torch" for training with dropout.')
     with torch.autocast(query.device.type, enabled=False):  # or it would undo the conversion to float32
         return _sketch_in_full_precision(query, key, value, scaling, config, layer, dropout)
 
@@ -147,19 +152,24 @@ def _sketch(
 def _sketch_in_full_precision(
     query: Tensor, key: Tensor, value: Tensor, scaling: float, config: SkeinConfig, layer: int, dropout: float
 ) -> Tensor:
-    if query.dtype in (torch.float16, torch.bfloat16):
-        query, key, value = query.float(), key.float(), value.float()
-    # Softmax does not change when every key moves by the same vector; centred keys have the smaller logits.
-    key = key - key.mean(-2, keepdim=True)
     group = len(query) // len(key)
-    key, value = key.repeat_interleave(group, 0), value.repeat_interleave(group, 0)
-    heads = torch.arange(len(query), device=query.device)
-    selection = _SELECT[config.method](query, key, value, scaling, config, layer, heads)
-    if config.backend == "reference":
-        if dropout:
-            raise ValueError('backend="reference" has no dropout; use backend="torch" for training with dropout.')
-        return rows.attend(query, key, value, selection, scaling, config)
-    return torch_path.attend(query, key, value, selection, scaling, config, dropout)
+    step = max(1, NUMBERS_PER_STEP // (group * query.shape[1] * query.shape[2]))  # key heads at a time
+    outputs = []
+    for first in range(0, len(key), step):
+        heads = torch.arange(group * first, min(group * (first + step), len(query)), device=query.device)
+        q, k, v = query[heads[0] : heads[-1] + 1], key[first : first + step], value[first : first + step]
+        if query.dtype in (torch.float16, torch.bfloat16):
+            q, k, v = q.float(), k.float(), v.float()
+        # Softmax does not change when every key moves by the same vector; centred keys have the smaller logits.
+        k = k - k.mean(-2, keepdim=True)
+        if group > 1:
+            k, v = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)
+        selection = _SELECT[config.method](q, k, v, scaling, config, layer, heads)
+        if config.backend == "reference":
+            outputs.append(rows.attend(q, k, v, selection, scaling, config))
+        else:
+            outputs.append(torch_path.attend(q, k, v, selection, scaling, config, dropout))
+    return torch.cat(outputs)
 
 
 def _take(x: Tensor, index: Tensor | slice | None) -> Tensor:

@@ -22,6 +22,7 @@ _MINIMUM = {
     "num_columns": 1,
     "block_size": 1,
     "max_blocks": 1,
+    "num_strata": 1,
     "exact_rows": 0,
     "min_length": 0,
     "num_pilots": 1,
@@ -41,6 +42,8 @@ class SkeinConfig:
         block_size: Queries that share their columns (`adaptive` only). Smaller is more accurate and slower.
         max_blocks: Most blocks per head (`adaptive` only); a sequence longer than `block_size * max_blocks` gets larger
             blocks, which keeps the cost linear.
+        num_strata: Groups of similar keys (second-order residual only); in each, the keys that are not columns are
+            summarised by their mean. More is more accurate and slower.
         num_pilots: Query rows that choose the columns. `None` is the method's own: `num_columns` random rows for
             `skeinformer`, 1 mean query per block for `adaptive` (more: means of sub-blocks).
         column_sampling: `"importance"` chooses columns by the pilots; `"uniform"` ignores them (an ablation of the
@@ -49,8 +52,8 @@ class SkeinConfig:
             over the chosen ones alone; `"none"` divides by the true row sums, which costs n² time (both ablations).
         residual: How the columns not chosen are summarised under adaptive row normalisation: `"geometric"` (eq. 6 of
             the paper: geometric mean of the chosen), `"mean"` (geometric mean of those not chosen) or
-            `"second_order"` (their mean and covariances). `None` is the method's own: `geometric` for `skeinformer`,
-            else `second_order`.
+            `"second_order"` (their means per stratum, and covariances within strata). `None` is the method's own:
+            `geometric` for `skeinformer`, else `second_order`.
         pilot_reutilization: Overwrite the pilot rows with their exact result (`skeinformer` only).
         exact_rows: The first tokens (CLS) attend exactly and are columns of every block (`adaptive` only).
         min_length: A sequence of at most this many keys is computed exactly.
@@ -64,9 +67,10 @@ class SkeinConfig:
     """
 
     method: str = "adaptive"
-    num_columns: int = 128
-    block_size: int = 64
-    max_blocks: int = 256
+    num_columns: int = 64
+    block_size: int = 256
+    max_blocks: int = 64
+    num_strata: int = 64
     num_pilots: int | None = None
     column_sampling: str = "importance"
     row_normalization: str = "adaptive"
@@ -139,6 +143,12 @@ class SkeinConfig:
         if self.residual is not None:
             return self.residual
         return "geometric" if self.method == "skeinformer" else "second_order"
+
+    @property
+    def resolved_strata(self) -> int:
+        """The number of strata in use: one where the residual knows none."""
+        second_order = self.row_normalization == "adaptive" and self.resolved_residual == "second_order"
+        return self.num_strata if second_order else 1
 
     def for_layer(self, layer: int | None) -> SkeinConfig:
         """The configuration of one layer, its overrides applied.

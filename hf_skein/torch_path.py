@@ -1,17 +1,8 @@
 """The PyTorch path: what `sketch.rows.attend` computes, in pieces that fit the cache, with linear memory.
 
-Two identities spare most of the reference's work.
-
-*Virtual key.* `exp(s q·mean(K))` is the geometric mean of `exp(s q·k)`, so the geometric and the mean residual are one
-more key `mean(K)` with value `mean(V_rest)` and logit bias `log(n - d)`: gather, append, call the fused attention.
-
-*Second-order residual from the logits.* Over keys and values centred on their means, the sums over the columns not
-chosen are minus those over the chosen; with `l_j = s q·k_j` of the chosen, `r = n - d`, `M = Σ k kᵀ`, `C = Σ k vᵀ`:
-
-    a = -Σ l_j / r,    z = 1 + ½ [(s² qᵀMq - Σ l_j²) / r - a²],    u = exp(a)
-    output · (Σ exp(l_j) + r u z) = Σ (exp(l_j) - u (z - a + l_j)) v_j + u s Cᵀq
-
-No statistic per block is formed: two products with `[p, p]` matrices per head, and one pass over logits that are there.
+The second-order residual is in `second_order.py`. The others rest on one identity: `exp(s q·mean(K))` is the geometric
+mean of `exp(s q·k)`, so the geometric and the mean residual are one more, *virtual* key `mean(K)` with value
+`mean(V_rest)` and logit bias `log(n - d)`: gather, append, call the fused attention.
 """
 
 from __future__ import annotations
@@ -24,14 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from . import second_order
 from .config import SkeinConfig
+from .sketch.gather import flat_index, gather_rows
 from .sketch.rows import Selection, overwrite_rows
 
 
-LOGITS_PER_STEP = 2**18  # worked on at a time: with their temporaries a few MB, which the cache holds
-LOGITS_PER_GROUP = 2**22  # of the heads that the backward pass computes again at a time
+LOGITS_PER_STEP = 2**20  # worked on at a time, by the paths that call the fused attention
 
-# From queries `[items, m]` and columns `[items, d]`, as rows of the flattened heads, to outputs `[items, m, pv]`.
+# From queries `[h, g, m, p]` to outputs `[h, g, m, pv]`, given columns `[h, g, d]`.
 Rows = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -46,170 +38,95 @@ def attend(
 ) -> Tensor:
     """Sketched attention of all heads of one sequence. Arguments as in `sketch.rows.attend`; keys have mean zero.
 
-    Only inputs and the selection are kept for the backward pass, which computes a group of heads at a time again.
-
     Args:
         dropout: Probability with which a column's weight is dropped, from the global generator as in every dropout.
-            With the second-order residual a dropped column counts as zero relative to the mean value.
 
     Returns:
         `[h, n_q, pv]`.
     """
-    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
-    group = max(1, LOGITS_PER_GROUP // (query.shape[1] * selection.columns.shape[-1]))
-    tensors = (
-        query,
-        key,
-        value,
-        selection.blocks.index,
-        selection.blocks.slot,
-        selection.columns,
-        selection.exact_rows,
-    )
-    outputs = []
-    for heads in zip(*(x.split(group) for x in tensors), strict=True):
-        arguments = (*heads, scale, config, dropout)
-        if needs_grad:
-            outputs.append(checkpoint(_attend_heads, *arguments, use_reentrant=False, preserve_rng_state=dropout > 0))
-        else:
-            outputs.append(_attend_heads(*arguments))
-    return torch.cat(outputs)
-
-
-def _attend_heads(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    index: Tensor,
-    slot: Tensor,
-    columns: Tensor,
-    exact_rows: Tensor,
-    scale: float,
-    config: SkeinConfig,
-    dropout: float,
-) -> Tensor:
-    """Some heads: `[h, n_q, p]`, `[h, n_k, p]`, `[h, n_k, pv]` and their selection to `[h, n_q, pv]`."""
-    heads, blocks, size = index.shape
-    count = columns.shape[-1]
     kind = config.resolved_residual if config.row_normalization == "adaptive" else config.row_normalization
-    rows, shift = _ROWS[kind](query, key, value, scale, dropout)
-    items = _flat(index, query.shape[1]).flatten(0, 1)  # [h * blocks, size]
-    chosen = _flat(columns, key.shape[1]).flatten(0, 1)  # [h * blocks, d]
-    if blocks == 1:  # columns serve every piece of a head's queries
-        pieces = items.split(max(1, LOGITS_PER_STEP // (heads * count)), 1)
-        output = torch.cat([rows(piece, chosen) for piece in pieces], 1)
+    if kind == "second_order":
+        output = second_order.attend(query * scale, key, value, selection, config.resolved_strata, dropout)
     else:
-        step = max(1, LOGITS_PER_STEP // (size * count))
-        pieces = zip(items.split(step), chosen.split(step), strict=True)
-        output = torch.cat([rows(*piece) for piece in pieces])
-    output = _gather(output.flatten(0, 1), _flat(slot, blocks * size)) + shift
+        output = _by_blocks(_ROWS[kind](key, value, scale, dropout), query, selection)
+    exact_rows = selection.exact_rows
     if exact_rows.shape[1] == 0:
         return output
-    replaced = _flat(exact_rows, query.shape[1])
-    exact_query = _gather(query.flatten(0, 1), replaced)
-    exact = F.scaled_dot_product_attention(
-        exact_query[None], key[None], value[None], dropout_p=dropout, scale=scale
-    ).squeeze(0)
-    return overwrite_rows(output.flatten(0, 1), replaced.flatten(), exact.flatten(0, 1)).view_as(output)
+    exact_query = gather_rows(query, exact_rows)
+    exact = _fused(exact_query, key, value, scale, dropout)
+    replaced = flat_index(exact_rows, query.shape[1]).flatten()
+    return overwrite_rows(output.flatten(0, 1), replaced, exact.flatten(0, 1)).view_as(output)
 
 
-def _flat(index: Tensor, length: int) -> Tensor:
-    """Indices within a head, `[h, ...]`, as indices into `h` heads of `length` rows one after another."""
-    offset = length * torch.arange(len(index), device=index.device)
-    return index + offset.view(-1, *[1] * (index.ndim - 1))
-
-
-def _gather(x: Tensor, rows: Tensor) -> Tensor:
-    """`x[rows]`, by whole rows: `[n, p]` and `[...]` to `[..., p]`."""
-    return x.index_select(0, rows.flatten()).view(*rows.shape, -1)
-
-
-def _second_order(query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: float) -> tuple[Rows, Tensor]:
-    n = key.shape[1]
-    value_mean = value.mean(1, keepdim=True)
-    value = value - value_mean
-    square = ((query @ (scale**2 * (key.mT @ key))) * query).sum(-1, keepdim=True)  # s² qᵀMq
-    linear = query @ (scale * (key.mT @ value))  # s Cᵀq
-    query, key, value, square, linear = (x.flatten(0, 1) for x in (query * scale, key, value, square, linear))
-
-    def rows(index: Tensor, columns: Tensor) -> Tensor:
-        q, chosen_key, chosen_value = _gather(query, index), _gather(key, columns), _gather(value, columns)
-        rest = n - columns.shape[-1]
-        logits = q @ chosen_key.mT  # [items, m, d]
-        a = q @ chosen_key.sum(-2)[..., None] / -rest
-        second = _gather(square, index) - torch.linalg.vector_norm(logits, dim=-1, keepdim=True).square()
-        z = 1 + (second / rest - a.square()).clamp_min(0) / 2
-        top = torch.maximum(logits.detach().amax(-1, keepdim=True), (a + (rest * z).log()).detach())
-        exponentials, u = (logits - top).exp_(), (a - top).exp()
-        mass = exponentials.sum(-1, keepdim=True) + rest * u * z
-        weights = torch.addcmul(exponentials, logits, u, value=-1).sub_(u * (z - a))
-        if dropout:
-            weights = F.dropout(weights, dropout)
-        return (weights @ chosen_value + u * _gather(linear, index)) / mass
-
-    return rows, value_mean
+def _by_blocks(rows: Rows, query: Tensor, selection: Selection) -> Tensor:
+    """`[h, n_q, pv]`, some blocks at a time."""
+    (index, _, slot), columns = selection.blocks, selection.columns
+    heads, blocks, size = index.shape
+    if blocks == 1:  # columns serve all of a head's queries, in their own order
+        pieces = query[:, None].split(max(1, LOGITS_PER_STEP // (heads * columns.shape[-1])), 2)
+        return torch.cat([rows(piece, columns) for piece in pieces], 2)[:, 0]
+    step = max(1, LOGITS_PER_STEP // (heads * size * columns.shape[-1]))
+    pieces = zip(index.split(step, 1), columns.split(step, 1), strict=True)
+    output = torch.cat([rows(gather_rows(query, i), c) for i, c in pieces], 1)
+    return gather_rows(output.flatten(1, 2), slot)
 
 
 def _virtual_key(geometric: bool):
-    def prepare(query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: float) -> tuple[Rows, float]:
-        n, key_sum, value_sum = key.shape[1], key.sum(1), value.sum(1)
-        query, key, value = (x.flatten(0, 1) for x in (query, key, value))
+    def prepare(key: Tensor, value: Tensor, scale: float, dropout: float) -> Rows:
+        key_sum, value_sum = key.sum(1)[:, None], value.sum(1)[:, None]
 
-        def rows(index: Tensor, columns: Tensor) -> Tensor:
-            chosen_key, chosen_value = _gather(key, columns), _gather(value, columns)
-            rest = n - columns.shape[-1]
-            head = columns[:, 0] // n
-            rest_key = chosen_key.mean(-2) if geometric else (key_sum[head] - chosen_key.sum(-2)) / rest
-            rest_value = (value_sum[head] - chosen_value.sum(-2)) / rest
+        def rows(query: Tensor, columns: Tensor) -> Tensor:
+            chosen_key, chosen_value = gather_rows(key, columns), gather_rows(value, columns)
+            rest = key.shape[1] - columns.shape[-1]
+            rest_key = chosen_key.mean(-2) if geometric else (key_sum - chosen_key.sum(-2)) / rest
+            rest_value = (value_sum - chosen_value.sum(-2)) / rest
             bias = query.new_zeros(columns.shape[-1] + 1)
             bias[-1] = math.log(rest)
             return _fused(
-                _gather(query, index),
-                torch.cat([chosen_key, rest_key[:, None]], -2),
-                torch.cat([chosen_value, rest_value[:, None]], -2),
+                query,
+                torch.cat([chosen_key, rest_key[..., None, :]], -2),
+                torch.cat([chosen_value, rest_value[..., None, :]], -2),
                 scale,
                 dropout,
-                bias.expand(index.shape[-1], -1),
+                bias.expand(query.shape[-2], -1),
             )
 
-        return rows, 0.0
+        return rows
 
     return prepare
 
 
-def _simple(query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: float) -> tuple[Rows, float]:
-    query, key, value = (x.flatten(0, 1) for x in (query, key, value))
+def _simple(key: Tensor, value: Tensor, scale: float, dropout: float) -> Rows:
+    def rows(query: Tensor, columns: Tensor) -> Tensor:
+        return _fused(query, gather_rows(key, columns), gather_rows(value, columns), scale, dropout)
 
-    def rows(index: Tensor, columns: Tensor) -> Tensor:
-        return _fused(_gather(query, index), _gather(key, columns), _gather(value, columns), scale, dropout)
-
-    return rows, 0.0
+    return rows
 
 
 def _fused(
     query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: float, bias: Tensor | None = None
 ) -> Tensor:
-    """PyTorch's fused attention over `[items, n, p]`."""
-    query, key, value = (x[:, None] for x in (query, key, value))
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout, scale=scale)[:, 0]
+    """PyTorch's fused attention over `[..., n, p]`, whatever the leading dimensions."""
+    flat = (x.flatten(0, -3)[None] for x in (query, key, value))
+    output = F.scaled_dot_product_attention(*flat, attn_mask=bias, dropout_p=dropout, scale=scale)
+    return output.view(*query.shape[:-1], -1)
 
 
-def _unnormalized(query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: float) -> tuple[Rows, float]:
-    # The true row sums cost n² time; pieces of rows keep the memory linear.
-    query = query * scale
-    pieces = query.split(max(1, LOGITS_PER_STEP // (len(key) * key.shape[1])), 1)
-    row_sum = torch.cat([torch.logsumexp(piece @ key.mT, -1, keepdim=True) for piece in pieces], 1)
-    query, key, value, row_sum = (x.flatten(0, 1) for x in (query, key, value, row_sum))
+def _unnormalized(key: Tensor, value: Tensor, scale: float, dropout: float) -> Rows:
+    def log_row_sum(query: Tensor) -> Tensor:
+        return torch.logsumexp(scale * query @ key[:, None].mT, -1, keepdim=True)
 
-    def rows(index: Tensor, columns: Tensor) -> Tensor:
-        weights = (_gather(query, index) @ _gather(key, columns).mT - _gather(row_sum, index)).exp()
-        return F.dropout(weights, dropout) @ _gather(value, columns)
+    def rows(query: Tensor, columns: Tensor) -> Tensor:
+        # The true row sums cost n² time; pieces of rows, computed again in the backward pass, keep the memory linear.
+        pieces = query.split(max(1, LOGITS_PER_STEP // (query[..., 0, 0].numel() * key.shape[1])), 2)
+        row_sum = torch.cat([checkpoint(log_row_sum, piece, use_reentrant=False) for piece in pieces], 2)
+        weights = (scale * query @ gather_rows(key, columns).mT - row_sum).exp()
+        return F.dropout(weights, dropout) @ gather_rows(value, columns)
 
-    return rows, 0.0
+    return rows
 
 
 _ROWS = {
-    "second_order": _second_order,
     "mean": _virtual_key(geometric=False),
     "geometric": _virtual_key(geometric=True),
     "simple": _simple,

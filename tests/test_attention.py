@@ -1,12 +1,13 @@
 """`skein_attention`: the promises that can be stated without a model, and the PyTorch path against the reference."""
 
+import dataclasses
 import itertools
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from hf_skein import SkeinConfig, skein_attention
+from hf_skein import SkeinConfig, attention, skein_attention
 from hf_skein.sketch.baselines import v_mean
 
 
@@ -14,7 +15,7 @@ from hf_skein.sketch.baselines import v_mean
 # logits up to about 10. Half precision: the inputs and the result are rounded to 11 or 8 bits, arithmetic is float32.
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 
-SMALL = {"num_columns": 16, "block_size": 16, "min_length": 0}
+SMALL = {"num_columns": 16, "num_strata": 8, "block_size": 16, "min_length": 0}
 
 
 def inputs(n_q, n_k=None, batch=2, heads=4, kv_heads=None, p=24, pv=None, dtype=torch.float64, grad=False):
@@ -42,6 +43,8 @@ VARIANTS = [
     *({"method": m, "residual": r} for m, r in itertools.product(("adaptive", "skeinformer"), (None, "mean"))),
     {"method": "adaptive", "residual": "geometric"},
     {"method": "skeinformer", "residual": "second_order"},
+    {"method": "adaptive", "num_strata": 1},
+    {"method": "adaptive", "num_strata": 300, "max_blocks": 1},
     {"method": "adaptive", "row_normalization": "simple"},
     {"method": "skeinformer", "row_normalization": "simple"},
     {"method": "adaptive", "row_normalization": "none"},
@@ -72,17 +75,29 @@ def test_outputs_and_gradients_match_the_reference(variant, n_q, n_k, kv_heads, 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("method", ["adaptive", "skeinformer"])
-def test_lower_precision_matches_the_float64_reference(method, dtype):
+def test_lower_precision_matches_the_float64_reference(method, dtype, monkeypatch):
+    """The float64 reference takes over what the call selected: a choice is not continuous."""
     query, key, value = (x.detach().requires_grad_() for x in inputs(200, p=40, dtype=dtype))
     config = SkeinConfig(**SMALL, method=method)
+    selections = []
+    monkeypatch.setitem(attention._SELECT, method, recording(attention._SELECT[method], selections))
     output = skein_attention(query, key, value, config=config)
     grads = torch.autograd.grad(output.float().square().sum(), (query, key, value))
+    monkeypatch.setitem(attention._SELECT, method, lambda *_: selections.pop(0))
     double = tuple(x.detach().double().requires_grad_() for x in (query, key, value))
-    reference = skein_attention(*double, config=SkeinConfig(**SMALL, method=method, backend="reference"))
+    reference = skein_attention(*double, config=dataclasses.replace(config, backend="reference"))
     reference_grads = torch.autograd.grad(reference.square().sum(), double)
-    assert output.dtype == dtype
+    assert output.dtype == dtype and not selections
     for result, expected in zip((output, *grads), (reference, *reference_grads), strict=True):
         assert error(result, expected) < TOLERANCE[dtype]
+
+
+def recording(function, results):
+    def call(*args):
+        results.append(function(*args))
+        return results[-1]
+
+    return call
 
 
 # --- promise 1: exact when it can be ---
@@ -336,6 +351,56 @@ def test_dropout_is_unbiased_and_reproducible():
         plain = skein_attention(query, key, value, config=config)
         assert error(first, plain) > 0.05
         assert error(mean, plain) < 0.1
+
+
+def test_dropout_drops_a_column_with_all_of_its_value():
+    """Values that share a large mean: the noise of dropout is that of exact attention, where columns hold the mass."""
+    query, key, value = inputs(40, batch=1, heads=1, p=4)
+    query, value = 4 * query, 10 + 0.1 * value
+    config = SkeinConfig(num_columns=39, num_strata=1, block_size=16, min_length=0, exact_rows=0)
+    assert error(skein_attention(query, key, value, config=config), exact(query, key, value)) < 1e-3
+    noise = [
+        torch.stack([attend() for _ in range(1000)]).std(0)
+        for attend in (
+            lambda: skein_attention(query, key, value, config=config, dropout=0.3),
+            lambda: F.dropout((query @ key.mT / 2).softmax(-1), 0.3) @ value,
+        )
+    ]
+    assert error(*noise) < 0.1
+
+
+def test_gradients_with_dropout_are_those_of_what_was_dropped():
+    query, key, value = inputs(60, batch=1, heads=1, p=4, grad=True)
+
+    def loss(*tensors):
+        torch.manual_seed(3)
+        return skein_attention(*tensors, config=SkeinConfig(**SMALL), dropout=0.4).square().sum()
+
+    for which, grad in enumerate(torch.autograd.grad(loss(query, key, value), (query, key, value))):
+        step = [1e-6 * torch.randn_like(x) * (i == which) for i, x in enumerate((query, key, value))]
+        up, down = ([x.detach() + sign * s for x, s in zip((query, key, value), step, strict=True)] for sign in (1, -1))
+        torch.testing.assert_close((grad * step[which]).sum(), (loss(*up) - loss(*down)) / 2, rtol=1e-5, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", ["adaptive", "skeinformer"])
+def test_function_transforms(method):
+    query, key, value = inputs(100, batch=1, grad=True)
+
+    def loss(query, key, value):
+        return skein_attention(query, key, value, config=SkeinConfig(**SMALL, method=method)).square().sum()
+
+    expected = torch.autograd.grad(loss(query, key, value), (query, key, value))
+    for result, grad in zip(torch.func.grad(loss, (0, 1, 2))(query, key, value), expected, strict=True):
+        torch.testing.assert_close(result, grad)
+    layer = torch.nn.Linear(24, 24).double()
+
+    def of_weights(weights):
+        return loss(torch.func.functional_call(layer, weights, query), key, value)
+
+    found = torch.func.grad(of_weights)(dict(layer.named_parameters()))
+    loss(layer(query), key, value).backward()
+    for name, parameter in layer.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad)
 
 
 # --- inputs ---

@@ -226,7 +226,10 @@ def test_configure_keeps_what_a_nested_model_was_given():
     hf_skein.configure(config.encoder, num_columns=24)
     hf_skein.configure(config, seed=3)
     assert (config.encoder.skein["num_columns"], config.encoder.skein["seed"]) == (24, 3)
-    assert (config.decoder.skein["num_columns"], config.decoder.skein["seed"]) == (128, 3)
+    assert (config.decoder.skein["num_columns"], config.decoder.skein["seed"]) == (
+        hf_skein.SkeinConfig().num_columns,
+        3,
+    )
 
 
 def test_layers_have_their_own_settings(sketched):

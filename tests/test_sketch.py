@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from hf_skein import SkeinConfig
-from hf_skein.sketch import adaptive, skeinformer
+from hf_skein.sketch import adaptive, skeinformer, strata
 from hf_skein.sketch.baselines import v_mean
 from hf_skein.sketch.columns import draw_columns, log_value_norm, top_columns
-from hf_skein.sketch.pilots import block_means, log_rms_attention, random_rows
+from hf_skein.sketch.pilots import block_pilots, log_mean_exponential, log_rms_attention, random_rows
 from hf_skein.sketch.random import COLUMN_STREAM, PILOT_STREAM, gumbel, uniform
-from hf_skein.sketch.residual import RESIDUALS
-from hf_skein.sketch.routing import num_blocks, principal_components, route, top_direction
+from hf_skein.sketch.residual import RESIDUALS, Rest
+from hf_skein.sketch.routing import logit_components, num_blocks, route
 from hf_skein.sketch.rows import attend, overwrite_rows, sketched_rows
 
 
@@ -135,7 +135,7 @@ def test_random_numbers_do_not_touch_the_global_generator_or_depend_on_the_count
 
 @pytest.mark.parametrize(("n", "blocks"), [(1, 1), (63, 4), (64, 64), (65, 5), (257, 17), (100, 1), (130, 128)])
 def test_blocks_are_balanced_and_hold_every_query_once(n, blocks):
-    result = route(torch.randn(3, n, 24), blocks)
+    result = route(torch.randn(3, n, 24), torch.randn(3, 70, 24), blocks)
     sizes = result.filled.sum(-1)
     assert len(sizes) == blocks and sizes.max() - sizes.min() <= 1 and sizes.sum() == n
     for head in range(3):
@@ -145,52 +145,131 @@ def test_blocks_are_balanced_and_hold_every_query_once(n, blocks):
 
 @pytest.mark.parametrize("p", [8, 24])
 def test_routing_separates_clusters(p):
-    """Eight clusters at the corners of a box with sides 40, 20 and 10: the tree cuts the longest side first."""
+    """Eight clusters at the corners of a box with sides 40, 20 and 10: the tree cuts the longest side first.
+
+    The keys spread alike in every direction, so that distances are those of the queries.
+    """
     corners = torch.tensor(list(itertools.product((-20, 20), (-10, 10), (-5, 5))), dtype=torch.float32)
     basis = torch.linalg.qr(torch.randn(p, 3)).Q.T
     centers = (corners @ basis).repeat_interleave(16, 0)
     shuffled = torch.randperm(128)
     query = (centers + 0.1 * torch.randn(128, p))[shuffled]
-    blocks = route(query[None], 8)
+    key = torch.cat([torch.eye(p), -torch.eye(p)])
+    blocks = route(query[None], key[None], 8)
     labels = torch.arange(8).repeat_interleave(16)[shuffled]
     assert all(len(set(labels[block].tolist())) == 1 for block in blocks.index[0])
 
 
+def test_routing_measures_queries_by_their_logits():
+    """A difference that no key sees does not separate queries, however large; one that keys see does."""
+    seen, unseen = torch.randint(2, (2, 1, 64, 1)).float().unbind()
+    seen[0, :, 0], unseen[0, :, 0] = torch.arange(64) % 2, torch.arange(64) // 2 % 2
+    query = torch.cat([seen, 50 * unseen, 0.01 * torch.randn(1, 64, 10)], -1)
+    key = torch.randn(1, 40, 12) * torch.tensor([1.0, 0.0, *[1.0] * 10])
+    blocks = route(query, key, 2)
+    assert all(len(set(seen[0, block, 0].tolist())) == 1 for block in blocks.index[0])
+
+
 def test_routing_of_identical_queries():
-    blocks = route(torch.ones(1, 50, 8), 7)
-    assert sorted(blocks.index[0][blocks.filled].tolist()) == list(range(50))
+    for key in (torch.randn(1, 9, 8), torch.zeros(1, 9, 8)):
+        blocks = route(torch.ones(1, 50, 8), key, 7)
+        assert sorted(blocks.index[0][blocks.filled].tolist()) == list(range(50))
 
 
 def test_number_of_blocks_is_capped():
     assert [num_blocks(n, 64, 256) for n in (1, 64, 65, 16384, 100_000)] == [1, 1, 2, 256, 256]
 
 
-def test_top_direction_and_components_agree_with_the_eigendecomposition():
-    x = torch.randn(5, 200, 12, dtype=torch.float64) * torch.linspace(1, 4, 12, dtype=torch.float64)
-    x = x - x.mean(1, keepdim=True)
-    covariance = x.mT @ x
-    top = torch.linalg.eigh(covariance).eigenvectors[..., -1]
-    found = torch.nn.functional.normalize(top_direction(covariance), dim=-1)
-    assert ((found * top).sum(-1).abs() > 0.98).all()
-    reduced = principal_components(x, 3)
-    kept = torch.linalg.eigvalsh(covariance)[:, -3:].sum(-1)
-    torch.testing.assert_close(reduced.square().sum((1, 2)), kept)
-    assert top_direction(torch.zeros(2, 4, 4)).isfinite().all()
+def test_logit_components_agree_with_the_eigendecomposition():
+    """Up to turning, scale and constants: as much of the logits' variance as the best three components keep."""
+    query, key = torch.randn(2, 5, 200, 12, dtype=torch.float64) * torch.logspace(0, 2, 12, dtype=torch.float64)
+    query, key = query - query.mean(1, keepdim=True), key - key.mean(1, keepdim=True)
+    points = logit_components(query, key, 3)
+    points = points - points.mean(1, keepdim=True)
+    logits = query @ key.mT
+    best = torch.linalg.svdvals(logits)[:, :3].square().sum(-1) / logits.square().sum((1, 2))
+    explained = points @ torch.linalg.lstsq(points, logits).solution
+    kept = explained.square().sum((1, 2)) / logits.square().sum((1, 2))
+    assert (kept > 0.98 * best).all()
+    assert logit_components(torch.zeros(2, 9, 4), torch.zeros(2, 9, 4), 8).isfinite().all()
+
+
+def test_distances_of_components_are_those_of_the_logits():
+    query = torch.randn(2, 50, 3, dtype=torch.float64) @ torch.randn(3, 12, dtype=torch.float64)
+    key = torch.randn(2, 200, 12, dtype=torch.float64)
+    points = logit_components(query, key - key.mean(1, keepdim=True), 3)
+    for head in range(2):
+        ratio = torch.pdist(points[head]) / torch.pdist(query[head] @ (key - key.mean(1, keepdim=True))[head].T)
+        assert ratio.max() / ratio.min() < 1.001
+
+
+# --- strata ---
+
+
+def test_strata_are_clusters_of_keys():
+    center = 10 * torch.randn(2, 5, 8)
+    label = torch.randint(5, (2, 400))
+    key = center.gather(1, label[..., None].expand(-1, -1, 8)) + 0.01 * torch.randn(2, 400, 8)
+    stratum = strata.assign(key, 16)
+    assert stratum.shape == (2, 400) and (stratum >= 0).all() and (stratum < 16).all()
+    for head in range(2):
+        for s in stratum[head].unique():
+            assert len(label[head][stratum[head] == s].unique()) == 1
+
+
+def test_every_key_is_in_the_stratum_of_the_nearest_mean():
+    key, means = torch.randn(2, 50, 6, dtype=torch.float64), torch.randn(2, 7, 6, dtype=torch.float64)
+    assert torch.equal(strata.nearest(key, means), torch.cdist(key, means).argmin(-1))
+
+
+def test_k_means_lowers_the_spread():
+    key = torch.randn(1, 1000, 4)
+
+    def spread(stratum):
+        total, size = strata.sums(stratum, 32, key)
+        return key.square().sum() - (total.square() / size.clamp_min(1)).sum()
+
+    first = strata.nearest(key, key[:, (2 * torch.arange(32) + 1) * 1000 // 64])
+    assert spread(strata.assign(key, 32)) < 0.9 * spread(first)
+    assert spread(first) < 0.9 * key.var(1, correction=0).sum() * 1000
+
+
+@pytest.mark.parametrize(("n", "count"), [(1, 1), (1, 4), (5, 8), (100, 1), (100, 100)])
+def test_strata_of_few_or_identical_keys(n, count):
+    for key in (torch.randn(2, n, 4), torch.ones(2, n, 4)):
+        stratum = strata.assign(key, count)
+        assert stratum.shape == (2, n) and (stratum >= 0).all() and (stratum < count).all()
+        total, size = strata.sums(stratum, count, key)
+        torch.testing.assert_close(total.sum(1), key.sum(1))
+        assert (size.sum((1, 2)) == n).all()
 
 
 # --- pilots, columns, residuals ---
 
 
-def test_pilots_are_means_of_their_block():
+def test_pilots_are_means_of_their_block_and_the_spread_about_them():
     query = torch.randn(2, 65, 8, dtype=torch.float64)
-    blocks = route(query, 5)
-    means = block_means(query, blocks, 1)
+    blocks = route(query, torch.randn(2, 30, 8, dtype=torch.float64), 5)
+    pilots = block_pilots(query, blocks, 1)
+    spread = torch.zeros(2, 8, 8, dtype=torch.float64)
     for head, block in itertools.product(range(2), range(5)):
-        members = blocks.index[head, block][blocks.filled[block]]
-        torch.testing.assert_close(means[head, block, 0], query[head, members].mean(0))
-    parts = block_means(query, blocks, 4)
-    assert parts.shape == (2, 5, 4, 8)
-    assert block_means(query, blocks, 1000).shape[2] == 13
+        members = query[head, blocks.index[head, block][blocks.filled[block]]]
+        torch.testing.assert_close(pilots.mean[head, block, 0], members.mean(0))
+        spread[head] += len(members) * torch.cov(members.T, correction=0) / 65
+    torch.testing.assert_close(pilots.covariance, spread)
+    parts = block_pilots(query, blocks, 4)
+    assert parts.mean.shape == (2, 5, 4, 8)
+    assert (parts.covariance.diagonal(dim1=1, dim2=2).sum(-1) < spread.diagonal(dim1=1, dim2=2).sum(-1)).all()
+    single = block_pilots(query, blocks, 1000)
+    assert single.mean.shape[2] == 13
+    torch.testing.assert_close(single.covariance, torch.zeros_like(spread))
+
+
+def test_log_mean_exponential_of_gaussian_queries():
+    key, root = torch.randn(1, 5, 3, dtype=torch.float64), torch.randn(3, 3, dtype=torch.float64) / 2
+    query = torch.randn(200_000, 3, dtype=torch.float64) @ root.T
+    expected = (0.7 * query @ key[0].T).exp().mean(0).log()
+    torch.testing.assert_close(log_mean_exponential(key, (root @ root.T)[None], 0.7)[0], expected, rtol=0.05, atol=0.02)
 
 
 def test_rms_attention_over_several_pilots():
@@ -198,6 +277,9 @@ def test_rms_attention_over_several_pilots():
     probability = torch.einsum("hgrp,hnp->hgrn", pilots, key).mul(0.5).softmax(-1)
     expected = probability.square().sum(2).sqrt()
     torch.testing.assert_close(log_rms_attention(pilots, key, 0.5).exp(), expected)
+    bias = torch.randn(2, 20, dtype=torch.float64)
+    biased = (torch.einsum("hgrp,hnp->hgrn", pilots, key) * 0.5 + bias[:, None, None]).softmax(-1)
+    torch.testing.assert_close(log_rms_attention(pilots, key, 0.5, bias).exp(), biased.square().sum(2).sqrt())
     extreme = log_rms_attention(1e4 * pilots.float(), key.float(), 1.0)
     assert extreme.isfinite().all()
 
@@ -209,23 +291,28 @@ def test_top_columns_and_value_norms():
     assert log_value_norm(value, center=True).exp().tolist() == pytest.approx([2, 0, 2])
 
 
+def one_stratum(key, value):
+    return Rest(key, value, torch.zeros(len(key), dtype=torch.int64))
+
+
 def test_second_order_residual_is_exact_where_the_expansion_is():
-    """One distinct key: no spread, so the residual is exact attention over the rest."""
+    """As many distinct keys as strata: no spread within them, so the residual is exact attention over the rest."""
     query, value = torch.randn(5, 8, dtype=torch.float64), torch.randn(30, 6, dtype=torch.float64)
-    key = torch.randn(1, 8, dtype=torch.float64).expand(30, 8)
-    log_mass, mean = RESIDUALS["second_order"](query, key[:2], key, value, 0.7)
+    stratum = torch.randint(3, (30,))
+    key = torch.randn(3, 8, dtype=torch.float64)[stratum]
+    log_mass, mean = RESIDUALS["second_order"](query, key[:2], Rest(key, value, 2 * stratum), 0.7)
     torch.testing.assert_close(log_mass, torch.logsumexp(0.7 * query @ key.T, -1))
-    torch.testing.assert_close(mean, value.mean(0).expand(5, -1))
+    torch.testing.assert_close(mean, (0.7 * query @ key.T).softmax(-1) @ value)
 
 
 def test_second_order_residual_is_second_order():
     """Its error in the mass falls with the third power of the logits, that of the mean with the second."""
     query, key = torch.randn(4, 8, dtype=torch.float64), torch.randn(400, 8, dtype=torch.float64)
-    value = torch.randn(400, 6, dtype=torch.float64)
+    value, stratum = torch.randn(400, 6, dtype=torch.float64), torch.randint(5, (400,))
 
     def errors(scale):
         logits = scale * query @ key.T
-        log_mass, mean = RESIDUALS["second_order"](query, key, key, value, scale)
+        log_mass, mean = RESIDUALS["second_order"](query, key, Rest(key, value, stratum), scale)
         exact_mean = logits.softmax(-1) @ value
         return (log_mass - logits.logsumexp(-1)).abs().max(), (mean - exact_mean).abs().max()
 
@@ -234,10 +321,23 @@ def test_second_order_residual_is_second_order():
     assert 3 < mean / half_mean < 10
 
 
+def test_strata_make_the_residual_more_accurate():
+    query, key, value = (x[0] for x in heads_of(50, 300, p=4, heads=1))
+    logits = 0.5 * query @ key.T
+    errors = []
+    for count in (1, 8, 64):
+        rest = Rest(key, value, strata.assign(key[None], count)[0])
+        log_mass, mean = RESIDUALS["second_order"](query, key[:1], rest, 0.5)
+        errors.append(
+            torch.stack([(log_mass - logits.logsumexp(-1)).norm(), (mean - logits.softmax(-1) @ value).norm()])
+        )
+    assert (errors[0] > errors[1]).all() and (errors[1] > errors[2]).all()
+
+
 def test_second_order_residual_cannot_run_away():
     key, value = torch.randn(100, 8, dtype=torch.float64), torch.randn(100, 1, dtype=torch.float64)
     query = torch.logspace(-3, 4, 50, dtype=torch.float64)[:, None] * torch.randn(50, 8, dtype=torch.float64)
-    _, mean = RESIDUALS["second_order"](query, key, key, value, 1.0)
+    _, mean = RESIDUALS["second_order"](query, key, one_stratum(key, value), 1.0)
     deviation = (mean - value.mean(0)).abs().max() / value.std(unbiased=False)
     assert deviation <= 1 / math.sqrt(2)
 
@@ -245,10 +345,11 @@ def test_second_order_residual_cannot_run_away():
 @pytest.mark.parametrize("residual", ["geometric", "mean", "second_order"])
 def test_every_row_is_a_mean_of_the_values(residual):
     query, key, value = (x[0] for x in heads_of(9, 40))
-    rows = sketched_rows(query, key, torch.ones_like(value), torch.arange(10), 0.3, "adaptive", residual)
+    options = (torch.arange(40) % 3, torch.arange(10), 0.3, "adaptive", residual)
+    rows = sketched_rows(query, key, torch.ones_like(value), *options)
     torch.testing.assert_close(rows, torch.ones_like(rows))
-    shifted = sketched_rows(query, key + 3, value + 5, torch.arange(10), 0.3, "adaptive", residual)
-    expected = sketched_rows(query, key, value, torch.arange(10), 0.3, "adaptive", residual) + 5
+    shifted = sketched_rows(query, key + 3, value + 5, *options)
+    expected = sketched_rows(query, key, value, *options) + 5
     torch.testing.assert_close(shifted, expected)
 
 
@@ -256,38 +357,47 @@ def test_all_columns_are_exact_attention():
     query, key, value = (x[0] for x in heads_of(9, 40))
     exact = torch.softmax(0.3 * query @ key.T, -1) @ value
     for row_normalization in ("adaptive", "simple", "none"):
-        rows = sketched_rows(query, key, value, torch.randperm(40), 0.3, row_normalization, "second_order")
+        rows = sketched_rows(
+            query, key, value, torch.arange(40) % 3, torch.randperm(40), 0.3, row_normalization, "second_order"
+        )
         torch.testing.assert_close(rows, exact)
 
 
 def test_adaptive_follows_its_definition():
     """Each block against the formulas of its method, with columns taken by a plain argsort."""
     query, key, value = heads_of(50, 60)
-    config = SkeinConfig(num_columns=12, block_size=16, min_length=0, exact_rows=2)
+    config = SkeinConfig(num_columns=12, num_strata=5, block_size=16, min_length=0, exact_rows=2)
     selection = adaptive.select(query, key, value, 0.2, config, 0, torch.arange(2))
     output = attend(query, key, value, selection, 0.2, config)
     assert selection.columns.shape == (2, 4, 12)
+    covariance = block_pilots(query, selection.blocks, 1).covariance
     for head, block in itertools.product(range(2), range(4)):
         members = selection.blocks.index[head, block][selection.blocks.filled[block]]
-        pilot = torch.softmax(0.2 * query[head, members].mean(0) @ key[head].T, -1)
+        spread = 0.02 * ((key[head] @ covariance[head]) * key[head]).sum(-1)
+        pilot = torch.softmax(0.2 * query[head, members].mean(0) @ key[head].T + spread, -1)
         score = pilot * (value[head] - value[head].mean(0)).norm(dim=-1)
         score[:2] = torch.inf
         columns = score.argsort(descending=True)[:12]
         assert set(columns.tolist()) == set(selection.columns[head, block].tolist())
         rest = torch.tensor(sorted(set(range(60)) - set(columns.tolist())))
-        k, v = key[head, rest], value[head, rest]
+        k, v, stratum = key[head, rest], value[head, rest], selection.stratum[head, rest]
+        groups = [stratum == s for s in stratum.unique()]
+        within_k, within_v = k.clone(), v.clone()
+        for group in groups:
+            within_k[group] -= k[group].mean(0)
+            within_v[group] -= v[group].mean(0)
         for i in members.tolist():
             if i < 2:
                 expected = torch.softmax(0.2 * query[head, i] @ key[head].T, -1) @ value[head]
             else:
                 q = query[head, i]
-                z = 1 + 0.02 * q @ torch.cov(k.T, correction=0) @ q
-                cross = (k - k.mean(0)).T @ (v - v.mean(0)) / len(rest)
-                w = len(rest) * torch.exp(0.2 * q @ k.mean(0))
+                z = 1 + 0.02 * q @ within_k.T @ within_k @ q / len(rest)
+                cross = within_k.T @ within_v / len(rest)
+                mass = torch.stack([group.sum() * torch.exp(0.2 * q @ k[group].mean(0)) for group in groups])
+                means = torch.stack([v[group].mean(0) for group in groups])
                 exact = torch.exp(0.2 * key[head, columns] @ q)
-                expected = (exact @ value[head, columns] + w * (z * v.mean(0) + 0.2 * q @ cross)) / (
-                    exact.sum() + w * z
-                )
+                numerator = exact @ value[head, columns] + z * mass @ means + mass.sum() * 0.2 * q @ cross
+                expected = numerator / (exact.sum() + z * mass.sum())
             torch.testing.assert_close(output[head, i], expected, rtol=1e-10, atol=1e-10)
 
 

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from ..config import SkeinConfig
+from . import strata
 from .columns import draw_columns, log_value_norm, top_columns
-from .pilots import SCORES_PER_STEP, block_means, log_rms_attention
+from .pilots import SCORES_PER_STEP, block_pilots, log_mean_exponential, log_rms_attention
 from .random import COLUMN_STREAM, uniform
 from .routing import num_blocks, route
 from .rows import Selection
@@ -19,8 +20,9 @@ def select(
 ) -> Selection:
     """Blocks by routing; columns by the block's pilots and the distance of each value from the mean value.
 
-    The score of column `j` in block `g` is `π_g[j] · ‖v_j - mean(V)‖`, with `π_g` the attention of the block's
-    mean query (or the root mean square over several). The first `exact_rows` tokens are exact rows and columns of
+    The score of column `j` in block `g` is `π_g[j] · ‖v_j - mean(V)‖`, with `π_g[j] ∝ exp(s q̄_g·k_j + s²/2 k_jᵀΣk_j)`
+    the mean attention of queries that spread about the block's mean `q̄_g` with covariance `Σ` (or its root mean square
+    over several parts of the block). The first `exact_rows` tokens are exact rows and columns of
     every block.
 
     Args:
@@ -36,21 +38,23 @@ def select(
         The selection; columns are `[h, blocks, num_columns]`.
     """
     n_heads, n_queries, _ = query.shape
-    blocks = route(query, num_blocks(n_queries, config.block_size, config.max_blocks))
+    blocks = route(query, key, num_blocks(n_queries, config.block_size, config.max_blocks))
     if config.column_sampling == "uniform":
         uniforms = uniform(config.seed, layer, heads, COLUMN_STREAM, key.shape[-2], key.device)
         columns = draw_columns(torch.zeros_like(uniforms), config.num_columns, uniforms)
         columns = columns[:, None].expand(-1, len(blocks.filled), -1)
     else:
-        pilots = block_means(query, blocks, config.num_pilots or 1)
+        pilots = block_pilots(query, blocks, config.num_pilots or 1)
+        spread = log_mean_exponential(key, pilots.covariance, scale)
         value_norm = log_value_norm(value, center=True)
         value_norm[:, : config.exact_rows] = torch.inf  # always taken
-        scores = max(1, SCORES_PER_STEP // (len(blocks.filled) * key.shape[1]))  # heads at a time
+        scores = max(1, SCORES_PER_STEP // (pilots.mean[0, ..., 0].numel() * key.shape[1]))  # heads at a time
+        parts = zip(*(x.split(scores) for x in (pilots.mean, key, spread, value_norm)), strict=True)
         columns = torch.cat(
             [
-                top_columns(log_rms_attention(p, k, scale).add_(norm[:, None]), config.num_columns)
-                for p, k, norm in zip(pilots.split(scores), key.split(scores), value_norm.split(scores), strict=True)
+                top_columns(log_rms_attention(p, k, scale, bias).add_(norm[:, None]), config.num_columns)
+                for p, k, bias, norm in parts
             ]
         )
     exact_rows = torch.arange(min(config.exact_rows, n_queries), device=query.device).expand(n_heads, -1)
-    return Selection(blocks, columns, exact_rows)
+    return Selection(blocks, columns, exact_rows, strata.assign(key, config.resolved_strata))

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from .gather import gather_rows, sample_rows
 from .routing import Blocks
 
 
 # Scores of pilots against keys that are held at a time, by taking some heads after others.
 SCORES_PER_STEP = 2**20
+
+_SAMPLE = 1024  # queries, at even spacing, that the covariance is taken from
 
 
 def random_rows(uniforms: Tensor, num_queries: int) -> Tensor:
@@ -25,29 +30,55 @@ def random_rows(uniforms: Tensor, num_queries: int) -> Tensor:
     return (uniforms * num_queries).long().clamp_max(num_queries - 1)
 
 
-def block_means(query: Tensor, blocks: Blocks, num_pilots: int) -> Tensor:
-    """Mean query of each block, or of `num_pilots` consecutive parts of it.
+class Pilots(NamedTuple):
+    """What stands for the queries of a block when its columns are chosen.
+
+    Attributes:
+        mean: `[h, blocks, pilots, p]`, the mean queries of consecutive parts of each block.
+        covariance: `[h, p, p]`, of the queries about the mean of their part; all blocks of a head share it.
+    """
+
+    mean: Tensor
+    covariance: Tensor
+
+
+def block_pilots(query: Tensor, blocks: Blocks, num_pilots: int) -> Pilots:
+    """Mean query of each block, or of `num_pilots` consecutive parts of it, and how queries spread about it.
 
     Args:
         query: `[h, n, p]`.
         blocks: The blocks of `route`.
         num_pilots: Parts per block; at most the size of the smallest block is used.
-
-    Returns:
-        `[h, blocks, pilots, p]`.
     """
     size = blocks.filled.shape[-1]
     pilots = min(num_pilots, int(blocks.filled.sum(-1).min()))
     part = torch.arange(size, device=query.device) * pilots // size
-    members = (part == torch.arange(pilots, device=query.device)[:, None]) & blocks.filled[:, None]
-    weights = members.to(query.dtype)
-    weights = weights / weights.sum(-1, keepdim=True)  # [blocks, pilots, size]
-    heads, n_blocks, _ = blocks.index.shape
-    gathered = query.gather(1, blocks.index.flatten(1)[..., None].expand(-1, -1, query.shape[-1]))
-    return weights @ gathered.view(heads, n_blocks, size, -1)
+    members = ((part == torch.arange(pilots, device=query.device)[:, None]) & blocks.filled[:, None]).to(query.dtype)
+    count = members.sum(-1, keepdim=True)  # [blocks, pilots, 1]
+    mean = (members / count) @ gather_rows(query, blocks.index)
+    slot = sample_rows(blocks.slot, _SAMPLE)
+    own = gather_rows(mean.flatten(1, 2), slot // size * pilots + part[slot % size])
+    spread = (sample_rows(query, _SAMPLE) - own).nan_to_num(
+        0, 0, 0
+    )  # a query that is not finite spoils its own block only
+    return Pilots(mean, spread.mT @ spread / slot.shape[1])
 
 
-def log_rms_attention(pilots: Tensor, key: Tensor, scale: float) -> Tensor:
+def log_mean_exponential(key: Tensor, covariance: Tensor, scale: float) -> Tensor:
+    """`s²/2 kᵀΣk`: by how much `log E exp(s q·k)` exceeds `s E[q]·k`, for queries of covariance `Σ` (if Gaussian).
+
+    Args:
+        key: `[h, n, p]`.
+        covariance: `[h, p, p]`.
+        scale: Multiplies the logits.
+
+    Returns:
+        `[h, n]`.
+    """
+    return ((key @ (scale**2 / 2 * covariance)) * key).sum(-1)
+
+
+def log_rms_attention(pilots: Tensor, key: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
     """Logarithm of the root sum of squares, over the pilots of a group, of their attention probabilities.
 
     In logarithms, so that an extreme logit neither overflows nor makes all other columns equal.
@@ -56,11 +87,14 @@ def log_rms_attention(pilots: Tensor, key: Tensor, scale: float) -> Tensor:
         pilots: `[h, groups, pilots, p]` queries.
         key: `[h, n, p]`.
         scale: Multiplies the logits.
+        bias: `[h, n]`, added to the logits.
 
     Returns:
         `[h, groups, n]`. With one pilot it is given up to a constant per group, which no ranking sees.
     """
-    logits = ((pilots * scale).flatten(1, 2) @ key.mT).unflatten(1, pilots.shape[1:3])
+    rows = (pilots * scale).flatten(1, 2)
+    logits = rows @ key.mT if bias is None else torch.baddbmm(bias[:, None], rows, key.mT)
+    logits = logits.unflatten(1, pilots.shape[1:3])
     if pilots.shape[2] == 1:
         return logits.squeeze(2)
     return torch.logsumexp(2 * torch.log_softmax(logits, -1), 2) / 2

@@ -1,7 +1,8 @@
 """Routing: put queries that look for the same thing into one block (design of `method="adaptive"`).
 
-A balanced binary tree splits a head's queries at a quantile of their top principal direction, again and again, until as
-many leaves as blocks are left. It is deterministic: no random projection, a power iteration from a fixed start.
+A balanced binary tree splits a head's queries at the median of the coordinate that varies most, again and again, until
+as many leaves as blocks are left. The coordinates are the top principal components of the logits: two queries are as
+far apart as the logits that they give. It is deterministic.
 """
 
 from __future__ import annotations
@@ -11,9 +12,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .gather import gather_rows, sample_rows
 
-ROUTING_COMPONENTS = 16
-_SQUARINGS = 5  # the power iteration runs 2**5 steps, by repeated squaring of the covariance
+
+ROUTING_COMPONENTS = 8
+_SUBSPACE_ITERATIONS = 2
+_SAMPLE = 1024  # queries and keys that the components are taken from
 
 
 class Blocks(NamedTuple):
@@ -48,52 +52,51 @@ def _segments(start: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
     return start[:, None] + torch.minimum(offsets, lengths[:, None] - 1), valid
 
 
-def principal_components(x: Tensor, components: int) -> Tensor:
-    """Coordinates of centred `x` in its top principal components.
-
-    Args:
-        x: `[h, n, p]`.
-        components: How many; at most `p` are returned.
-
-    Returns:
-        `[h, n, min(components, p)]`.
-    """
-    x = x - x.mean(-2, keepdim=True)
-    if x.shape[-1] <= components:
-        return x
-    _, vectors = torch.linalg.eigh(_normalised(x.mT @ x))  # ascending eigenvalues
-    return x @ vectors[..., -components:]
-
-
 def _normalised(matrix: Tensor) -> Tensor:
     """`matrix` over its largest absolute entry (of the last two dimensions), which keeps powers in range."""
     return matrix / matrix.abs().amax((-2, -1), keepdim=True).clamp_min(torch.finfo(matrix.dtype).tiny)
 
 
-def top_direction(covariance: Tensor) -> Tensor:
-    """Top principal direction by power iteration, up to its length.
+def logit_components(query: Tensor, key: Tensor, components: int) -> Tensor:
+    """Top principal components of the queries, measured by the logits that they give.
 
-    The start is the column of the powered matrix with the largest diagonal: it cannot be orthogonal to the answer.
+    With `Σ = KᵀK = L Lᵀ`, the distance of `Lᵀq` and `Lᵀq'` is that of their logits over all keys. The components are
+    found by subspace iteration from a fixed start, on queries and keys at even spacing.
 
     Args:
-        covariance: `[..., c, c]`, positive semidefinite.
+        query: `[h, n_q, p]`.
+        key: `[h, n_k, p]`, with mean zero.
+        components: How many; at most `p` are returned.
 
     Returns:
-        `[..., c]`.
+        `[h, n_q, min(components, p)]`, up to a factor per head and a constant per component.
     """
-    power = _normalised(covariance)
-    for _ in range(_SQUARINGS):
-        power = _normalised(power @ power)
-    start = power.diagonal(dim1=-2, dim2=-1).argmax(-1)
-    return power.gather(-1, start[..., None, None].expand(*power.shape[:-1], 1)).squeeze(-1)
+    p = query.shape[-1]
+    keys = sample_rows(key, _SAMPLE)
+    queries = sample_rows(query, _SAMPLE).nan_to_num(0, 0, 0)
+    metric = _normalised(keys.mT @ keys)
+    # A little on the diagonal, because keys may span less than all dimensions.
+    ridge = 1e-5 * torch.eye(p, dtype=metric.dtype, device=metric.device)
+    factor = torch.linalg.cholesky_ex(metric + ridge).L.nan_to_num(0, 0, 0)
+    queries = queries - queries.mean(1, keepdim=True)
+    covariance = _normalised(factor.mT @ _normalised(queries.mT @ queries) @ factor)
+    start = covariance.diagonal(dim1=-2, dim2=-1).topk(min(components, p)).indices
+    basis = covariance.gather(-1, start[:, None].expand(-1, p, -1))
+    for _ in range(_SUBSPACE_ITERATIONS):
+        basis = covariance @ torch.linalg.qr(basis).Q
+    direction = factor @ torch.linalg.qr(basis).Q
+    # Its sign is arbitrary, but decides which part of an uneven split is the larger one.
+    largest = direction.gather(-2, direction.abs().argmax(-2, keepdim=True))
+    return query @ (direction * largest.sign())
 
 
-def route(query: Tensor, blocks: int) -> Blocks:
+def route(query: Tensor, key: Tensor, blocks: int) -> Blocks:
     """Order the queries of every head by the tree and cut them into blocks.
 
     Args:
-        query: `[h, n, p]`, valid queries of one sequence.
-        blocks: Number of blocks, between 1 and `n`.
+        query: `[h, n_q, p]`, valid queries of one sequence.
+        key: `[h, n_k, p]`, with mean zero.
+        blocks: Number of blocks, between 1 and `n_q`.
 
     Returns:
         The blocks; see `Blocks`.
@@ -103,7 +106,7 @@ def route(query: Tensor, blocks: int) -> Blocks:
     order = torch.arange(n, device=query.device).expand(heads, n)
     if blocks > 1:
         # A query that is not finite must not cost the others their place; its own row stays what it is.
-        points = principal_components(query.nan_to_num(0, 0, 0), ROUTING_COMPONENTS)
+        points = logit_components(query, key, ROUTING_COMPONENTS).nan_to_num(0, 0, 0)
         leaves = torch.tensor([0, blocks], device=query.device)  # the nodes of this level are leaves[i] .. leaves[i+1]
         while (leaves.diff() > 1).any():
             order = _split_level(points, order, bounds[leaves])
@@ -113,21 +116,18 @@ def route(query: Tensor, blocks: int) -> Blocks:
     # Leaves are full from the left, so rank r of leaf g sits in slot g * size + (r - first rank of g).
     slot_of_rank = torch.arange(table.numel(), device=query.device).view_as(table)[filled]
     slot = torch.empty_like(order).scatter_(1, order, slot_of_rank.expand(heads, n))
-    return Blocks(order[:, table], filled, slot)
+    return Blocks(order.index_select(1, table.flatten()).unflatten(1, table.shape), filled, slot)
 
 
 def _split_level(points: Tensor, order: Tensor, first: Tensor) -> Tensor:
-    """Sort every node (ranks `first[i]` to `first[i+1]`) of every head along its own top principal direction."""
-    heads, n, components = points.shape
+    """Sort every node (ranks `first[i]` to `first[i+1]`) of every head along its coordinate of largest variance."""
     table, valid = _segments(first[:-1], first[1:])
-    members = order[:, table]  # [h, nodes, m]
-    row = members + n * torch.arange(heads, device=order.device)[:, None, None]
-    x = points.flatten(0, 1).index_select(0, row.flatten()).view(heads, *table.shape, components)
-    if not valid.all():
-        x = x * valid[..., None]
-    total = x.sum(-2)
-    covariance = x.mT @ x - total[..., :, None] * (total / valid.sum(-1)[:, None])[..., None, :]
-    projection = (x @ top_direction(covariance)[..., None]).squeeze(-1)
-    projection = projection.nan_to_num().masked_fill(~valid, torch.inf)  # spare slots sort last
-    rank = projection.sort(dim=-1, stable=True).indices
-    return members.gather(-1, rank)[:, valid]
+    members = order.index_select(1, table.flatten()).unflatten(1, table.shape)  # [h, nodes, m]
+    x = gather_rows(points, members)
+    weight = (valid / valid.sum(-1, keepdim=True)).to(x.dtype)[:, None]  # [nodes, 1, m]
+    mean = weight @ x
+    spread = (weight @ (x - mean).square()).squeeze(-2)  # [h, nodes, components]
+    axis = spread.argmax(-1)[..., None, None].expand(*x.shape[:3], 1)
+    coordinate = x.gather(-1, axis).squeeze(-1).masked_fill_(~valid, torch.inf)  # spare slots sort last
+    rank = coordinate.sort(dim=-1, stable=True).indices
+    return members.gather(-1, rank).flatten(1).index_select(1, valid.flatten().nonzero().squeeze(-1))

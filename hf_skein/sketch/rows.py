@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..config import SkeinConfig
-from .residual import RESIDUALS
+from .residual import RESIDUALS, Rest
 from .routing import Blocks
 
 
@@ -22,15 +22,24 @@ class Selection(NamedTuple):
         blocks: Queries by block.
         columns: `[h, blocks, d]` int64, keys each block attends to exactly.
         exact_rows: `[h, r]` int64, query rows computed over all keys (repetitions allowed).
+        stratum: `[h, n_k]` int64, the stratum of each key; one stratum where the residual knows none.
     """
 
     blocks: Blocks
     columns: Tensor
     exact_rows: Tensor
+    stratum: Tensor
 
 
 def sketched_rows(
-    query: Tensor, key: Tensor, value: Tensor, columns: Tensor, scale: float, row_normalization: str, residual: str
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    stratum: Tensor,
+    columns: Tensor,
+    scale: float,
+    row_normalization: str,
+    residual: str,
 ) -> Tensor:
     """Sketched attention of some queries of one head.
 
@@ -38,6 +47,7 @@ def sketched_rows(
         query: `[m, p]`.
         key: `[n, p]`.
         value: `[n, pv]`.
+        stratum: `[n]` int64, the stratum of each key.
         columns: `[d]` int64, distinct.
         scale: Multiplies the logits.
         row_normalization: `"adaptive"` (eq. 6), `"simple"` or `"none"`; see `SkeinConfig`.
@@ -53,8 +63,9 @@ def sketched_rows(
         return (logits - row_sum).exp() @ chosen_value
     if row_normalization == "simple" or len(columns) == len(key):
         return logits.softmax(-1) @ chosen_value
-    rest = torch.ones(len(key), dtype=torch.bool, device=key.device).index_fill(0, columns, False)
-    log_mass, rest_value = RESIDUALS[residual](query, chosen_key, key[rest], value[rest], scale)
+    other = torch.ones(len(key), dtype=torch.bool, device=key.device).index_fill(0, columns, False)
+    rest = Rest(key[other], value[other], stratum[other])
+    log_mass, rest_value = RESIDUALS[residual](query, chosen_key, rest, scale)
     weights = torch.cat([logits, log_mass[:, None]], -1).softmax(-1)
     return weights[:, :-1] @ chosen_value + weights[:, -1:] * rest_value
 
@@ -70,15 +81,19 @@ def overwrite_rows(output: Tensor, rows: Tensor, replacement: Tensor) -> Tensor:
     Returns:
         `[n, p]`.
     """
-    if len(rows) == 0:
-        return output
-    source = torch.full((len(output),), -1, dtype=torch.int64, device=output.device)
-    source[rows] = torch.arange(len(rows), device=rows.device)
-    return torch.where((source >= 0)[:, None], replacement[source.clamp_min(0)], output)
+    order = torch.arange(len(rows), device=rows.device)
+    chosen = torch.zeros(len(output), dtype=torch.int64, device=output.device).scatter_(0, rows, order)
+    replacement = replacement.where((chosen[rows] == order)[:, None], 0)
+    return output.index_fill(0, rows, 0).index_add(0, rows, replacement)
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, selection: Selection, scale: float, config: SkeinConfig
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    selection: Selection,
+    scale: float,
+    config: SkeinConfig,
 ) -> Tensor:
     """The reference: sketched attention of all heads of one sequence, head by head and block by block.
 
@@ -96,7 +111,16 @@ def attend(
     outputs = []
     for head, (q, k, v) in enumerate(zip(query, key, value, strict=True)):
         rows = [
-            sketched_rows(q[index], k, v, columns, scale, config.row_normalization, config.resolved_residual)
+            sketched_rows(
+                q[index],
+                k,
+                v,
+                selection.stratum[head],
+                columns,
+                scale,
+                config.row_normalization,
+                config.resolved_residual,
+            )
             for index, columns in zip(selection.blocks.index[head], selection.columns[head], strict=True)
         ]
         output = torch.cat(rows)[selection.blocks.slot[head]]

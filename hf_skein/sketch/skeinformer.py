@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..config import SkeinConfig
+from . import strata
 from .columns import draw_columns, log_value_norm
 from .pilots import SCORES_PER_STEP, log_rms_attention, random_rows
 from .random import COLUMN_STREAM, PILOT_STREAM, uniform
@@ -54,4 +55,4 @@ def select(
     columns = draw_columns(log_probability, config.num_columns, uniforms)
     if not config.pilot_reutilization:
         rows = rows[:, :0]
-    return Selection(route(query, 1), columns[:, None], rows)
+    return Selection(route(query, key, 1), columns[:, None], rows, strata.assign(key, config.resolved_strata))

@@ -30,6 +30,7 @@ from transformers import (
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+import hf_skein
 from hf_skein import SkeinConfig, skein_attention
 from hf_skein.convert import extend_positions
 
@@ -204,6 +205,53 @@ def capture_layers(model: PreTrainedModel, ids: Tensor, layers: list[int]) -> di
     finally:
         model.set_attn_implementation(before)
     raise SystemExit(f"error: {type(model).__name__} has no attention layers {sorted(set(layers) - captured.keys())}.")
+
+
+# Whole encoders
+
+
+def use_attention(model: PreTrainedModel, config: SkeinConfig | None) -> None:
+    """Skein attention of this configuration on every layer; None is PyTorch's exact attention."""
+    if config is not None:
+        fields = dataclasses.fields(config)
+        hf_skein.configure(model, **{field.name: getattr(config, field.name) for field in fields})
+    model.set_attn_implementation("sdpa" if config is None else "skein")
+
+
+@torch.no_grad()
+def embed(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    documents: list[list[int]],
+    tokens_per_batch: int = 8192,
+    title: str | None = None,
+) -> Tensor:
+    """Mean final hidden state of each document.
+
+    Args:
+        model: An encoder in eval mode.
+        tokenizer: Its tokenizer, which pads.
+        documents: Token ids of each document; they are batched by length.
+        tokens_per_batch: Most tokens of a batch, padding included; at least one document is taken.
+        title: Of a progress bar in tokens; None shows none.
+
+    Returns:
+        `[documents, hidden]` float32 on the CPU.
+    """
+    order = sorted(range(len(documents)), key=lambda i: len(documents[i]), reverse=True)
+    result: list[Tensor] = [torch.empty(0)] * len(documents)
+    with tqdm(total=sum(map(len, documents)), desc=title, unit="tok", disable=title is None, leave=False) as progress:
+        while order:
+            size = max(1, tokens_per_batch // len(documents[order[0]]))
+            batch, order = order[:size], order[size:]
+            inputs = tokenizer.pad({"input_ids": [documents[i] for i in batch]}, return_tensors="pt").to(model.device)
+            hidden = model(**inputs).last_hidden_state.float()
+            mask = inputs["attention_mask"][..., None]
+            means = (hidden * mask).sum(1) / mask.sum(1)
+            for i, mean in zip(batch, means.cpu(), strict=True):
+                result[i] = mean
+                progress.update(len(documents[i]))
+    return torch.stack(result)
 
 
 # Errors

@@ -1,7 +1,6 @@
 """scripts/benchmark_speed.py: tiny runs whose figures make sense."""
 
 import json
-import random
 import sys
 from pathlib import Path
 
@@ -13,28 +12,6 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
 import _benchmark
 import benchmark_speed
-
-
-@pytest.fixture
-def text(tmp_path):
-    path = tmp_path / "text.txt"
-    words = [
-        "river",
-        "bridge",
-        "spring",
-        "old",
-        "high",
-        "the",
-        "was",
-        "closed",
-        "letter",
-        "of",
-        "north",
-        "and",
-        "stone",
-    ]
-    path.write_text(" ".join(random.Random(0).choices(words, k=700)))
-    return path
 
 
 def run(text, output, *arguments):

@@ -45,12 +45,15 @@ TOLERANCE = {"float64": 1e-9, "float32": 0.01, "float16": 0.05, "bfloat16": 0.05
 # Options
 
 
-def make_parser(description: str, lengths: list[int] | None = None, text: bool = True) -> argparse.ArgumentParser:
-    """The options that benchmarks share."""
+def make_parser(
+    description: str, lengths: list[int] | None = None, model: bool = True, text: bool = True
+) -> argparse.ArgumentParser:
+    """The options that benchmarks share; `--lengths`, `--model` and `--text` where they are of use."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="path without suffix of the .json and .png written")
-    if text:
+    if model:
         parser.add_argument("--model", help="Hub id or folder of an encoder (default: the installed MiniLM)")
+    if text:
         parser.add_argument("--text", type=Path, required=True, help="UTF-8 text with enough tokens for all --lengths")
     if lengths:
         parser.add_argument("--lengths", type=int, nargs="+", default=lengths, metavar="N", help="default %(default)s")
@@ -252,6 +255,20 @@ def embed(
                 result[i] = mean
                 progress.update(len(documents[i]))
     return torch.stack(result)
+
+
+def read_documents(path: Path) -> Any:
+    """Labelled documents, as `finetune_classification.load_documents` reads them.
+
+    Raises:
+        SystemExit: They cannot be read.
+    """
+    from finetune_classification import InputError, load_documents  # much to import, for two benchmarks only
+
+    try:
+        return load_documents(path)
+    except InputError as error:
+        raise SystemExit(f"error: {error}") from error
 
 
 # Errors

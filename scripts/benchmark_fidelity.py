@@ -39,13 +39,13 @@ from _benchmark import (
     new_figure,
     number,
     over_lengths,
+    read_documents,
     save_figure,
     sketch,
     start,
     use_attention,
 )
 from _record import ResumableRecord
-from finetune_classification import load_documents
 from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoTokenizer
@@ -169,9 +169,9 @@ def document_rows(
     return result
 
 
-def read_documents(args: argparse.Namespace) -> list[str]:
+def long_documents(args: argparse.Namespace) -> list[str]:
     """`--num-documents` documents, evenly taken from all those of at least `--document-length` tokens."""
-    texts = load_documents(args.documents)["text"]
+    texts = read_documents(args.documents)["text"]
     tokenizer = AutoTokenizer.from_pretrained(args.model or find_minilm())
     ids = tokenizer(list(texts), verbose=False)["input_ids"]
     long = [i for i, tokens in enumerate(ids) if len(tokens) >= args.document_length]
@@ -263,7 +263,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         texts = [args.text.read_text(encoding="utf-8")]
         record.part(f"document, {length}", functools.partial(document_rows, args, methods, length, texts, "document"))
     if args.documents:
-        length, texts = args.document_length, read_documents(args)
+        length, texts = args.document_length, long_documents(args)
         record.part("documents", functools.partial(document_rows, args, methods, length, texts, "documents"))
     result = record.finish(summary=summarise(record.rows))
     print_summary(result["summary"])

@@ -451,9 +451,11 @@ def new_figure(columns: int, rows: int = 1) -> tuple[Any, Any]:
 
 def over_lengths(axis: Any, lengths: list[int], **labels: Any) -> None:
     """Makes the x axis one of tokens, in logarithms."""
+    from matplotlib.ticker import NullLocator
+
     axis.set(xscale="log", xlabel="tokens", **labels)
     axis.set_xticks(lengths, [str(n) for n in lengths], rotation=45)
-    axis.minorticks_off()
+    axis.xaxis.set_minor_locator(NullLocator())
     axis.grid(alpha=0.3)
 
 

@@ -48,13 +48,21 @@ TOLERANCE = {"float64": 1e-9, "float32": 0.01, "float16": 0.05, "bfloat16": 0.05
 def make_parser(
     description: str, lengths: list[int] | None = None, model: bool = True, text: bool = True
 ) -> argparse.ArgumentParser:
-    """The options that benchmarks share; `--lengths`, `--model` and `--text` where they are of use."""
+    """The options that benchmarks share; `--lengths`, `--model`, and `--text` with `--layers`, where of use."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="path without suffix of the .json and .png written")
     if model:
         parser.add_argument("--model", help="Hub id or folder of an encoder (default: the installed MiniLM)")
     if text:
         parser.add_argument("--text", type=Path, required=True, help="UTF-8 text with enough tokens for all --lengths")
+        parser.add_argument(
+            "--layers",
+            type=int,
+            nargs="+",
+            default=[0, 2, 4],
+            metavar="N",
+            help="of which the error is the mean, counted from 0 (default %(default)s)",
+        )
     if lengths:
         parser.add_argument("--lengths", type=int, nargs="+", default=lengths, metavar="N", help="default %(default)s")
     parser.add_argument("--device", default="cpu", help="default %(default)s")

@@ -244,7 +244,6 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Runs the benchmark and returns its record."""
     parser = make_parser(__doc__, [512, 2048, 4096])
     add_settings(parser, ["table"], "table")
-    parser.add_argument("--layers", type=int, nargs="+", default=[1, 3, 5], metavar="N", help="default %(default)s")
     parser.add_argument("--dtype", choices=("float32", "float64"), default="float32", help="of attention alone")
     parser.add_argument("--positions", choices=("tile", "interpolate"), default="tile", help="default %(default)s")
     parser.add_argument("--random-weights", action="store_true", help="the model's architecture, not its weights")

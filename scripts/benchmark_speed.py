@@ -1,8 +1,9 @@
 """The front: time, memory and error of skein against exact attention, side by side in one run, over the length.
 
-One attention layer: queries, keys and values are those of a pretrained encoder on a text, its position table tiled to
-the length. The error is the relative Frobenius error of the output, mean over heads; beyond --max-exact tokens it is
-that of some of the rows. A check against the float64 reference, outputs and gradients, runs before anything is timed.
+Queries, keys and values are those of a pretrained encoder on a text, its position table tiled to the length. The
+middle one of --layers is timed. The error is the relative Frobenius error of the output, mean over heads and layers;
+beyond --max-exact tokens it is that of some of the rows. A check against the float64 reference, outputs and gradients,
+runs before anything is timed.
 
     python scripts/benchmark_speed.py --text text.txt --output benchmarks/results/speed_cpu
     python scripts/benchmark_speed.py --text text.txt --output runs/front --settings front --lengths 4096 --head-dim 64
@@ -11,6 +12,7 @@ A length that is done is kept; the same command again continues after an interru
 """
 
 import argparse
+import contextlib
 import functools
 import math
 import sys
@@ -47,6 +49,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from hf_skein import SkeinConfig
 
 
+# From the inputs of a layer and its index to the output `[heads, n, p]`.
+Attention = Callable[[LayerInputs, int], Tensor]
+
 EXACT = "exact (sdpa)"
 ERROR_ROWS = 512  # queries, where not all are compared
 PASSES = ("forward", "forward_backward")
@@ -75,14 +80,16 @@ def make_methods(args: argparse.Namespace) -> dict[str, SkeinConfig]:
     return {describe(config): config for config in configs} | dict(args.setting)
 
 
-def layer_inputs(args: argparse.Namespace, length: int) -> LayerInputs:
-    """Query, key and value of the layer for the first `length` tokens, in the dtype and with the heads asked for."""
+def layer_inputs(args: argparse.Namespace, length: int) -> dict[int, LayerInputs]:
+    """Inputs of the layers for the first `length` tokens, in the dtype and with the dimensions asked for."""
     model, tokenizer = load_encoder(args.model, length, device=args.device)
     ids = first_tokens(tokenizer, args.text.read_text(encoding="utf-8"), length)
-    inputs = capture_layers(model, ids, [args.layer])[args.layer]
-    if args.head_dim:
-        inputs = widen(inputs, args.head_dim)
-    return LayerInputs(*(x.to(DTYPES[args.dtype]).contiguous() for x in inputs[:3]), inputs.scale)
+    result = {}
+    for layer, inputs in capture_layers(model, ids, args.layers).items():
+        if args.head_dim:
+            inputs = widen(inputs, args.head_dim)
+        result[layer] = LayerInputs(*(x.to(DTYPES[args.dtype]).contiguous() for x in inputs[:3]), inputs.scale)
+    return result
 
 
 def widen(inputs: LayerInputs, head_dim: int) -> LayerInputs:
@@ -98,59 +105,61 @@ def widen(inputs: LayerInputs, head_dim: int) -> LayerInputs:
     return LayerInputs(*(x @ rows for x in inputs[:3]), inputs.scale)
 
 
-def exact_calls(args: argparse.Namespace, inputs: LayerInputs) -> dict[str, Callable[..., Tensor]]:
-    """PyTorch's exact attention as it chooses itself and, on CUDA, by each backend that takes the inputs."""
-    exact = functools.partial(F.scaled_dot_product_attention, scale=inputs.scale)
-    calls = {EXACT: exact}
+def exact(backend: SDPBackend | None, inputs: LayerInputs, layer: int) -> Tensor:
+    """PyTorch's exact attention by a backend, or as it chooses itself; arguments and result as of `skein`."""
+    query, key, value = (x[None] for x in inputs[:3])
+    with contextlib.nullcontext() if backend is None else sdpa_kernel(backend):
+        return F.scaled_dot_product_attention(query, key, value, scale=inputs.scale)[0]
+
+
+def skein(config: SkeinConfig, inputs: LayerInputs, layer: int) -> Tensor:
+    """Skein attention `[heads, n, p]` of a layer, whose index is a key of the random numbers."""
+    return sketch(inputs, config, layer)
+
+
+def exact_calls(args: argparse.Namespace, inputs: LayerInputs) -> dict[str, Attention]:
+    """Exact attention as PyTorch chooses and, on CUDA, by each backend that takes the inputs."""
+    calls: dict[str, Attention] = {EXACT: functools.partial(exact, None)}
     if torch.device(args.device).type == "cpu":
         return calls
-
-    def by(backend: SDPBackend, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        with sdpa_kernel(backend):
-            return exact(query, key, value)
-
+    few = LayerInputs(*(x[:, :64] for x in inputs[:3]), inputs.scale)
     for name, backend in CUDA_BACKENDS.items():
         try:
-            by(backend, *(x[None, :, :64] for x in inputs[:3]))
+            exact(backend, few, 0)
         except RuntimeError:  # what PyTorch raises where a backend does not take a dtype or a device
             print(f"{name} is not available in {args.dtype}.")
         else:
-            calls[name] = functools.partial(by, backend)
+            calls[name] = functools.partial(exact, backend)
     return calls
 
 
 def measure(args: argparse.Namespace, methods: dict[str, SkeinConfig], length: int) -> list[dict[str, Any]]:
     """One row per method: seconds and memory of each pass, how many times faster than exact, and the error."""
-    inputs = layer_inputs(args, length)
-
-    def skein(config: SkeinConfig, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return sketch(LayerInputs(query[0], key[0], value[0], inputs.scale), config, args.layer)[None]
-
-    exact = exact_calls(args, inputs)
-    calls = exact | {name: functools.partial(skein, config) for name, config in methods.items()}
-    tensors = [x[None] for x in inputs[:3]]
+    layers = layer_inputs(args, length)
+    timed = layers[args.timed_layer]
+    exact_ones = exact_calls(args, timed)
+    calls = exact_ones | {name: functools.partial(skein, config) for name, config in methods.items()}
     costs = {}
-    for what, limit in zip(PASSES, (args.max_exact, args.max_exact_backward), strict=True):
-        run = forward if what == "forward" else forward_backward
+    for what, run, limit in (
+        ("forward", forward, args.max_exact),
+        ("forward_backward", forward_backward, args.max_exact_backward),
+    ):
         functions = {
-            name: functools.partial(run, call, tensors)
+            name: functools.partial(run, call, timed, args.timed_layer)
             for name, call in calls.items()
-            if name not in exact or length <= limit
+            if name not in exact_ones or length <= limit
         }
         costs[what] = compare_costs(functions, args.repeats, args.device, f"{length} tokens, {what}")
 
     rows = None
     if length > args.max_exact:
         rows = torch.randperm(length, generator=torch.Generator().manual_seed(0))[:ERROR_ROWS].to(args.device)
-    truth = exact_attention(inputs, rows)
+        calls = {name: call for name, call in calls.items() if name not in exact_ones}
+    found = errors(calls, layers, rows)
     table = []
-    for name, call in calls.items():
-        if name in exact and length > args.max_exact:
-            continue
-        with torch.no_grad():
-            output = call(*tensors)[0]
-        error = frobenius_error(output if rows is None else output[:, rows], truth).mean().item()
-        row = {"n": length, "method": name, "error": error, "error_rows": truth.shape[1]}
+    for name in calls:
+        row = {"n": length, "method": name, "error": sum(found[name]) / len(found[name]), "layer_errors": found[name]}
+        row["error_rows"] = length if rows is None else len(rows)
         for what in PASSES:
             if name in costs[what]:
                 row |= costs[what][name].row(what)
@@ -161,14 +170,27 @@ def measure(args: argparse.Namespace, methods: dict[str, SkeinConfig], length: i
 
 
 @torch.no_grad()
-def forward(call: Callable[..., Tensor], tensors: list[Tensor]) -> None:
+def errors(calls: dict[str, Attention], layers: dict[int, LayerInputs], rows: Tensor | None) -> dict[str, list[float]]:
+    """Relative Frobenius error of every layer, mean over heads, of all rows or some."""
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    for layer, inputs in sorted(layers.items()):
+        truth = exact_attention(inputs, rows)
+        for name, call in calls.items():
+            output = call(inputs, layer)
+            error = frobenius_error(output if rows is None else output[:, rows], truth)
+            found[name].append(error.mean().item())
+    return found
+
+
+@torch.no_grad()
+def forward(call: Attention, inputs: LayerInputs, layer: int) -> None:
     """One forward pass."""
-    call(*tensors)
+    call(inputs, layer)
 
 
-def forward_backward(call: Callable[..., Tensor], tensors: list[Tensor]) -> None:
+def forward_backward(call: Attention, inputs: LayerInputs, layer: int) -> None:
     """One forward and backward pass; the gradient of the output is the output."""
-    output = call(*(x.detach().requires_grad_() for x in tensors))
+    output = call(LayerInputs(*(x.detach().requires_grad_() for x in inputs[:3]), inputs.scale), layer)
     output.backward(output.detach())
 
 
@@ -240,7 +262,7 @@ def plot(record: dict[str, Any], args: argparse.Namespace) -> None:
     right.step(*zip(*best, strict=True), where="post", color="gray", linewidth=0.8, zorder=0)
     over_lengths(left, lengths, yscale="log", ylabel="forward of one layer, ms")
     left.legend(fontsize=7)
-    right.set(xlabel="forward of one layer, ms (dotted: exact)", ylabel="relative error of the output")
+    right.set(xlabel="forward of one layer, ms (dotted: exact)", ylabel="relative error of the output, mean of layers")
     right.margins(0.1)
     right.set_ylim(bottom=0)
     right.set_title(f"{at} tokens", fontsize=10)
@@ -254,7 +276,6 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Runs the benchmark and returns its record."""
     parser = make_parser(__doc__, [512, 1024, 2048, 4096, 8192, 16384, 32768, 65536])
     add_settings(parser, ["default", "front"], "default")
-    parser.add_argument("--layer", type=int, default=3, help="layer whose attention is measured (default %(default)s)")
     parser.add_argument("--head-dim", type=int, metavar="P", help="dimensions per head (default: the model's)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default %(default)s")
     parser.add_argument("--repeats", type=int, default=5, help="timings per figure; the median counts")
@@ -263,12 +284,13 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--front-length", type=int, default=4096, metavar="N", help="of the plot of error against time")
     args = parser.parse_args(argv)
     args.lengths.sort()
+    args.timed_layer = sorted(args.layers)[len(args.layers) // 2]
 
     methods = make_methods(args)
     header = start(args, __file__)
     check(methods.values(), args.device, args.dtype)
     # The shape is that of the heads as measured; a few tokens tell it.
-    heads, _, p = layer_inputs(args, 16).query.shape
+    heads, _, p = layer_inputs(args, 16)[args.timed_layer].query.shape
     header |= {"shape": {"batch": 1, "heads": heads, "p": p}}
     header |= {"methods": {name: config.to_dict() for name, config in methods.items()}}
     record = ResumableRecord(args.output, header)

@@ -28,6 +28,7 @@ def test_the_record_has_time_memory_and_error_of_every_method(text, tmp_path):
         assert row["forward_backward_seconds"] > row["forward_seconds"] > 0
         assert row["forward_range"][0] <= row["forward_seconds"] <= row["forward_range"][1]
         assert row["forward_mib"] >= 0 and row["forward_speedup"] > 0
+        assert row["error"] == pytest.approx(sum(row["layer_errors"]) / 3)
         if row["method"] == "exact (sdpa)":
             assert row["error"] < 1e-6 and row["forward_speedup"] == 1
         elif row["n"] == 600:

@@ -278,7 +278,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     transformers.logging.set_verbosity_error()
 
     header = start(args, __file__) | {"skein": SkeinConfig().to_dict(), "architectures": SIZES}
-    record = ResumableRecord(args.output, header)
+    record = ResumableRecord(args.output, header, ("lengths", "sizes", "max_training"))
     for size in args.sizes:
         for length in args.lengths:
             record.part(f"{size}, {length}, inference", functools.partial(measure_inference, args, size, length))

@@ -256,7 +256,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     methods = make_methods(args)
     header = start(args, __file__)
     header |= {"methods": {name: config.to_dict() for name, config in methods.items()}}
-    record = ResumableRecord(args.output, header)
+    record = ResumableRecord(args.output, header, ("lengths",))
     for length in args.lengths:
         record.part(f"attention, {length}", functools.partial(attention_rows, args, methods, length))
         texts = [args.text.read_text(encoding="utf-8")]

@@ -19,6 +19,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import matplotlib
 import torch
 import torch.nn.functional as F
 from _benchmark import (
@@ -238,7 +239,10 @@ def plot(record: dict[str, Any], args: argparse.Namespace) -> None:
     rows = record["rows"]
     lengths = sorted({row["n"] for row in rows})
     at = args.front_length if args.front_length in lengths else lengths[-1]
-    for method in dict.fromkeys(row["method"] for row in rows):
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    if len(methods) > 10:
+        left.set_prop_cycle(color=matplotlib.colormaps["tab20"].colors)
+    for method in methods:
         mine = [row for row in rows if row["method"] == method]
         style = {"color": "black"} if method == EXACT else {}
         (line,) = left.plot(
@@ -268,7 +272,10 @@ def plot(record: dict[str, Any], args: argparse.Namespace) -> None:
     right.set_title(f"{at} tokens", fontsize=10)
     right.grid(alpha=0.3)
     shape = record["shape"]
-    title = f"One layer of {record['model']} on text, {shape['heads']} heads, p={shape['p']}, {record['dtype']}"
+    widened = " (widened)" if record["head_dim"] else ""
+    title = (
+        f"One layer of {record['model']} on text, {shape['heads']} heads, p={shape['p']}{widened}, {record['dtype']}"
+    )
     save_figure(figure, title, record, args.output)
 
 
@@ -293,7 +300,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     heads, _, p = layer_inputs(args, 16)[args.timed_layer].query.shape
     header |= {"shape": {"batch": 1, "heads": heads, "p": p}}
     header |= {"methods": {name: config.to_dict() for name, config in methods.items()}}
-    record = ResumableRecord(args.output, header)
+    record = ResumableRecord(args.output, header, ("lengths", "front_length"))
     for length in args.lengths:
         print_rows(record.part(str(length), functools.partial(measure, args, methods, length)))
     factors = growth(record.rows)

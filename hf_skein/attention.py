@@ -15,7 +15,7 @@ from .sketch.baselines import v_mean
 _SELECT = {"adaptive": adaptive.select, "skeinformer": skeinformer.select}
 
 # Some heads after others, so that the many passes over their queries, keys and values find them in the cache.
-NUMBERS_PER_STEP = 2**19
+NUMBERS_PER_STEP = 2**20
 
 # An additive mask means padding if it only adds zero or something no logit survives.
 _DROPPED = -1000.0

@@ -39,7 +39,7 @@ def assign(key: Tensor, count: int) -> Tensor:
 def nearest(key: Tensor, means: Tensor) -> Tensor:
     """`[h, n]` int64, for each key `[h, n, p]` the mean `[h, c, p]` that is nearest to it."""
     offset = means.square().sum(-1) / -2
-    return torch.baddbmm(offset[:, None], key, means.mT).argmax(-1)
+    return torch.baddbmm(offset[:, None], key, means.mT).max(-1).indices  # twice as fast as argmax
 
 
 def sums(stratum: Tensor, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:

@@ -14,8 +14,7 @@ from .sketch.baselines import v_mean
 
 _SELECT = {"adaptive": adaptive.select, "skeinformer": skeinformer.select}
 
-# An additive mask means padding if it only adds zero or something no logit survives.
-_DROPPED = -1000.0
+_DROPPED = -1000.0  # no logit survives this or less
 
 
 def skein_attention(
@@ -108,6 +107,12 @@ def exact_attention(
         enable_gqa=query.shape[1] != key.shape[1],
     )
     return output if mask is None else output.masked_fill(~mask.any(-1)[:, None, None, None], 0)
+
+
+def valid_from_additive(mask: Tensor) -> Tensor | None:
+    """An additive `mask` as bool with True for valid, if it only adds zero or what no logit survives; else None."""
+    dropped = mask <= _DROPPED
+    return ~dropped if bool((dropped | (mask == 0)).all()) else None
 
 
 def _one_sequence(
@@ -223,14 +228,14 @@ def _padding_mask(mask: Tensor | None, name: str, batch: int, n: int) -> Tensor 
             "between queries cannot be sketched: use exact attention."
         )
     if mask.is_floating_point():
-        dropped = mask <= _DROPPED
-        if not bool((dropped | (mask == 0)).all()):
+        valid = valid_from_additive(mask)
+        if valid is None:
             raise ValueError(
                 f"A float {name} is additive: 0 for valid, {_DROPPED:g} or less for padding. Got values from "
                 f"{mask.min().item():g} to {mask.max().item():g}. Pass 0/1 as bool or integers; a bias cannot be "
                 "sketched."
             )
-        mask = ~dropped
+        mask = valid
     elif mask.dtype != torch.bool:
         if not bool(((mask == 0) | (mask == 1)).all()):
             raise ValueError(

@@ -19,7 +19,7 @@ from transformers.masking_utils import bidirectional_mask_function, prepare_padd
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 from transformers.utils import logging
 
-from .attention import skein_attention
+from .attention import skein_attention, valid_from_additive
 from .config import SkeinConfig
 from .local import band_mask, local_attention
 
@@ -264,8 +264,8 @@ def _padding_from_4d(mask: Tensor) -> Tensor:
     row = mask[:, 0, 0]
     if row.dtype == torch.bool:
         return row
-    dropped = row <= -1000
-    return ~dropped if bool((dropped | (row == 0)).all()) else mask
+    valid = valid_from_additive(row)
+    return mask if valid is None else valid
 
 
 # --- configuration ---

@@ -413,6 +413,21 @@ def test_a_4d_mask_that_is_the_same_for_every_query_is_padding_or_a_bias(sketche
     assert any("4D attention mask" in record.getMessage() for record in log.records)
 
 
+@pytest.mark.parametrize("added", [-1000.0, -999.0])
+def test_what_counts_as_padding_is_the_same_with_and_without_transformers(added, sketched, log):
+    layer = bert().encoder.layer[0].attention.self
+    query, key, value = torch.randn(3, 1, 2, 60, 16)
+    mask = torch.zeros(1, 1, 1, 60).masked_fill(torch.arange(60) >= 41, added)
+    output, _ = registration.skein_attention_forward(layer, query, key, value, mask)
+    if added == -1000:
+        expected = hf_skein.skein_attention(query, key, value, mask, config=hf_skein.SkeinConfig(**SKETCH))
+        assert torch.equal(output.transpose(1, 2), expected) and sketched
+    else:
+        with pytest.raises(ValueError, match="-1000 or less for padding"):
+            hf_skein.skein_attention(query, key, value, mask)
+        assert not sketched
+
+
 def test_a_module_that_serves_cross_attention_too_is_exact(sketched, log):
     """Equal lengths would not tell its cross-attention from self-attention."""
 

@@ -196,8 +196,10 @@ def _is_packed(kwargs: dict) -> bool:
     position_ids = kwargs.get("position_ids")
     if position_ids is None or position_ids.ndim != 2:
         return False
-    # Padding may repeat a position (a constant), a new document goes back to the first one.
-    return bool(((position_ids[:, 1:] < position_ids[:, :-1]) & (position_ids[:, 1:] == position_ids[:, :1])).any())
+    # A document steps from the first position to the next; padding repeats one position and never does.
+    first = position_ids[:, :1]
+    starts = (position_ids[:, :-1] == first) & (position_ids[:, 1:] == first + 1)
+    return bool((starts.sum(-1) > 1).any())
 
 
 @functools.cache

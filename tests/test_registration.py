@@ -466,12 +466,47 @@ def test_attentions_of_sliding_windows():
         torch.testing.assert_close(eager.transpose(1, 2)[valid], skein.transpose(1, 2)[valid], rtol=1e-4, atol=1e-5)
 
 
-def test_padding_is_not_a_packed_document():
-    positions = torch.tensor([[0, 1, 2, 3, 1, 1, 1]])
-    assert not registration._is_packed({"position_ids": positions})
-    assert not registration._is_packed({"position_ids": torch.tensor([[1, 1, 1, 2, 3, 4, 5]])})
-    assert registration._is_packed({"position_ids": torch.tensor([[0, 1, 2, 0, 1, 2, 3]])})
+@pytest.mark.parametrize(
+    ("positions", "packed"),
+    [
+        ([0, 1, 2, 3, 1, 1, 1], False),  # padding at the end, by any constant
+        ([0, 1, 2, 3, 0, 0, 0], False),
+        ([0, 1, 2, 3, 0], False),
+        ([2, 3, 4, 5, 1, 1, 1], False),  # RoBERTa's padding_idx
+        ([1, 1, 2, 3, 4, 1, 1], False),
+        ([1, 1, 1, 2, 3, 4, 5], False),  # padding in front
+        ([0, 0, 0, 1, 2, 3, 4], False),
+        ([1, 1, 1, 0, 1, 2, 3], False),
+        ([0, 1, 2, 0, 0, 3, 4], False),  # padding in between
+        ([2, 3, 1, 4, 5, 1, 6], False),
+        ([0], False),
+        ([0, 1, 2, 0, 1, 2, 3], True),
+        ([2, 3, 4, 2, 3, 1, 1], True),
+        ([0, 1, 2, 0, 0, 1, 2], True),  # a document of one token between two
+        ([0, 1, 2, 1, 1, 0, 1], True),  # padding between documents
+    ],
+)
+def test_padding_is_not_a_packed_document(positions, packed):
+    single = list(range(len(positions)))
+    for rows in ([positions], [single, positions]):
+        assert registration._is_packed({"position_ids": torch.tensor(rows)}) is packed
+
+
+def test_cu_seq_lens_mean_packed_documents():
     assert registration._is_packed({"cu_seq_lens_q": torch.tensor([0, 3, 7])})
+
+
+def test_positions_padded_with_zero_are_sketched(sketched):
+    ids, mask = token_ids(), torch.ones(2, 60, dtype=torch.long)
+    mask[1, 41:] = 0
+    positions = (mask.cumsum(-1) - 1) * mask
+    config = AutoConfig.for_model("eurobert", **TINY, num_key_value_heads=1)
+    model = build(config, sketch={**SKETCH, "strict": True})
+    output = model(ids, attention_mask=mask, position_ids=positions).last_hidden_state
+    assert sketched == [0, 1, 2]
+    plain = model(ids, attention_mask=mask).last_hidden_state
+    valid = mask.bool()
+    torch.testing.assert_close(output[valid], plain[valid])
 
 
 def test_classes_with_a_partly_own_attention_warn(log):

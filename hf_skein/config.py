@@ -31,7 +31,7 @@ _MINIMUM = {
 
 @dataclass(frozen=True)
 class SkeinConfig:
-    """Settings of skein attention.
+    """Settings of skein attention. A model gets them by `hf_skein.configure` or `config.skein = settings.to_dict()`.
 
     Args:
         method: `"adaptive"` (ours: routed blocks of queries, each with its own columns), `"skeinformer"` (Algorithm 1

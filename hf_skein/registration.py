@@ -274,9 +274,23 @@ def _padding_from_4d(mask: Tensor) -> Tensor:
 
 
 def _skein_config(config: PretrainedConfig | None) -> SkeinConfig:
-    """The `SkeinConfig` of a model's configuration, read again only when it changed."""
+    """The `SkeinConfig` of a model's configuration, read again only when it changed.
+
+    A `SkeinConfig` that was assigned becomes the plain JSON that `save_pretrained` can write.
+    """
     values = getattr(config, "skein", None)
-    return SkeinConfig() if values is None else _parse(json.dumps(values, sort_keys=True))
+    if values is None:
+        return SkeinConfig()
+    if isinstance(values, SkeinConfig):
+        config.skein = values = values.to_dict()
+    try:
+        text = json.dumps(values, sort_keys=True)
+    except TypeError as error:
+        raise ValueError(
+            f"config.skein is {values!r}, which is not plain JSON ({error}). Set it with "
+            "hf_skein.configure(model, ...), or assign SkeinConfig(...).to_dict()."
+        ) from None
+    return _parse(text)
 
 
 @functools.lru_cache(maxsize=128)
@@ -301,6 +315,12 @@ def configure(model_or_config: PreTrainedModel | PretrainedConfig, **fields) -> 
 
     Example:
         >>> hf_skein.configure(model, num_columns=256, layers={0: {"method": "exact"}})
+
+        Before the model is loaded (`from_pretrained` takes no `skein=...`):
+
+        >>> config = AutoConfig.from_pretrained(name)
+        >>> hf_skein.configure(config, num_columns=256)
+        >>> model = AutoModel.from_pretrained(name, config=config, attn_implementation="skein")
     """
     config = getattr(model_or_config, "config", model_or_config)
     if not isinstance(config, PretrainedConfig):
@@ -392,6 +412,7 @@ def _check_at_load() -> None:
     def get_correct_attn_implementation(self, requested_attention, *args, **kwargs):
         if requested_attention == NAME:
             _check_class(type(self))
+            _skein_config(self.config)
         return original(self, requested_attention, *args, **kwargs)
 
     get_correct_attn_implementation.checks_skein = True

@@ -221,6 +221,30 @@ def test_configure_keeps_what_it_is_not_given_and_checks_before_it_changes():
         hf_skein.configure(torch.nn.Linear(1, 1))
 
 
+def test_an_assigned_skein_config_becomes_json(tmp_path, sketched):
+    settings = hf_skein.SkeinConfig(**SKETCH, layers={1: {"method": "exact"}})
+    config = BertConfig(**TINY, skein=settings)
+    model = build(config, sketch=None)
+    assert model.config.skein == settings.to_dict()  # seen at load
+    model.config.skein = settings
+    model(token_ids())
+    assert sketched == [0, 2] and model.config.skein == settings.to_dict()  # seen by attention
+    model.config.skein = settings
+    hf_skein.configure(model, seed=3)
+    assert model.config.skein == {**settings.to_dict(), "seed": 3}  # seen by configure
+    model.save_pretrained(tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path).skein == model.config.skein
+
+
+@pytest.mark.parametrize("wrong", [{"layers": {0: hf_skein.SkeinConfig()}}, {"num_columns": torch.tensor(3)}, {3, 4}])
+def test_settings_that_are_no_json_are_refused_with_the_way_to_set_them(wrong):
+    config = BertConfig(**TINY, skein=wrong)
+    with pytest.raises(ValueError, match=r"not plain JSON .* hf_skein\.configure\(.*\.to_dict\(\)"):
+        build(config, sketch=None)
+    with pytest.raises(ValueError, match=r"hf_skein\.configure"):
+        hf_skein.configure(config, seed=3)
+
+
 def test_configure_keeps_what_a_nested_model_was_given():
     config = EncoderDecoderConfig.from_encoder_decoder_configs(BertConfig(**TINY), BertConfig(**TINY))
     hf_skein.configure(config.encoder, num_columns=24)

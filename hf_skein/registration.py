@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import re
 import sys
 
 import torch
@@ -351,6 +352,8 @@ def _all_configs(model_or_config, config: PretrainedConfig) -> list[PretrainedCo
 
 # --- classes that bypass the registry ---
 
+_ASKS = re.compile(r"get_interface\(|ALL_ATTENTION_FUNCTIONS(\[|\.get\()")
+
 
 def own_attention_classes(model_class: type) -> list[str]:
     """Attention modules in a model's source file that attend by themselves instead of asking the registry."""
@@ -360,18 +363,15 @@ def own_attention_classes(model_class: type) -> list[str]:
         if inspect.isclass(member) and issubclass(member, nn.Module) and member.__module__ == module.__name__:
             source = _source(member)
             computes = "softmax(" in source or "scaled_dot_product_attention(" in source
-            if "Attention" in name and computes and "get_interface(" not in source:
+            if "Attention" in name and computes and not _ASKS.search(source):
                 found.append(name)
     return found
 
 
-def calls_registry(model_class: type) -> bool:
-    """Whether a model class asks the attention registry, itself or in the models it is made of."""
-    module = sys.modules.get(model_class.__module__)
-    if module is not None and "get_interface(" in _source(module):
-        return True
-    # A file without attention of its own delegates to other models if it claims to support a fused attention.
-    return bool(model_class._supports_sdpa) and not own_attention_classes(model_class)
+def calls_registry(module_class: type) -> bool:
+    """Whether the file that a module's class stands in asks the attention registry."""
+    module = sys.modules.get(module_class.__module__)
+    return module is not None and _ASKS.search(_source(module)) is not None
 
 
 @functools.cache
@@ -384,15 +384,10 @@ def _source(thing) -> str:
 
 @functools.cache
 def _check_class(model_class: type) -> None:
+    """Refuse a class that has an attention of its own or claims to support no other; warn if it also asks."""
     own = own_attention_classes(model_class)
-    if not calls_registry(model_class):
-        own_text = f" (it computes {', '.join(own)} itself)" if own else ""
-        raise ValueError(
-            f"{model_class.__name__} does not support attn_implementation={NAME!r}: it never asks Transformers' "
-            f"attention registry{own_text} and would silently run "
-            "its own attention. Load it without attn_implementation, or convert the checkpoint to an architecture "
-            "that does (BERT, RoBERTa, ...)."
-        )
+    if not calls_registry(model_class) and (own or not model_class._supports_sdpa):
+        raise _refusal(model_class)
     if own:
         logger.warning(
             f"skein: parts of {model_class.__name__} bypass Transformers' attention registry and run their own "
@@ -400,23 +395,58 @@ def _check_class(model_class: type) -> None:
         )
 
 
+def _check_parts(model: PreTrainedModel, is_configured: bool) -> None:
+    """Refuse a model whose file leaves attention to other models, if none of them asks the registry.
+
+    They may be of another library, or (looked at if `is_configured`) may not have been told to ask for skein.
+    """
+    if calls_registry(type(model)):
+        return
+    parts = [part for part in model.modules() if calls_registry(type(part))]
+    if is_configured:
+        parts = [p for p in parts if getattr(getattr(p, "config", None), "_attn_implementation", None) == NAME]
+    if not parts:
+        raise _refusal(type(model))
+
+
+def _refusal(model_class: type) -> ValueError:
+    own = own_attention_classes(model_class)
+    own_text = f" (it computes {', '.join(own)} itself)" if own else ""
+    return ValueError(
+        f"{model_class.__name__} does not support attn_implementation={NAME!r}: it never asks Transformers' "
+        f"attention registry{own_text} and would silently run another attention. Load it without attn_implementation, "
+        "or convert the checkpoint to an architecture that does (BERT, RoBERTa, ...). Of a model made of several, name "
+        f'the parts that do, e.g. attn_implementation={{"text_config": "{NAME}"}}.'
+    )
+
+
 def _check_at_load() -> None:
     """Have `from_pretrained`, `from_config` and `set_attn_implementation` refuse classes that bypass the registry.
 
-    The registries are not told which class asks, so this is the one place where a method of Transformers is wrapped:
-    the check that every model runs on the name of its attention, for our name only.
+    The registries are not told which class asks, so this is the one place where methods of Transformers are wrapped,
+    for our name only: the check that every model runs on the name of its attention, before it has any parts unless the
+    name is set later, and the end of every model's construction.
     """
-    original = PreTrainedModel.get_correct_attn_implementation
+    original_check, original_post_init = PreTrainedModel.get_correct_attn_implementation, PreTrainedModel.post_init
 
-    @functools.wraps(original)
-    def get_correct_attn_implementation(self, requested_attention, *args, **kwargs):
+    @functools.wraps(original_check)
+    def get_correct_attn_implementation(self, requested_attention, is_init_check=False):
         if requested_attention == NAME:
             _check_class(type(self))
             _skein_config(self.config)
-        return original(self, requested_attention, *args, **kwargs)
+            if not is_init_check:
+                _check_parts(self, is_configured=False)
+        return original_check(self, requested_attention, is_init_check)
+
+    @functools.wraps(original_post_init)
+    def post_init(self):
+        if self.config._attn_implementation == NAME:
+            _check_parts(self, is_configured=True)
+        original_post_init(self)
 
     get_correct_attn_implementation.checks_skein = True
     PreTrainedModel.get_correct_attn_implementation = get_correct_attn_implementation
+    PreTrainedModel.post_init = post_init
 
 
 def register() -> None:

@@ -257,3 +257,27 @@ def test_a_class_that_never_calls_the_registry_is_refused_at_load(model_type, tm
         AutoModel.from_config(tiny_config(model_type)).save_pretrained(tmp_path)
         with pytest.raises(ValueError, match=r"MPNetModel.*MPNetSelfAttention"):
             AutoModel.from_pretrained(tmp_path, attn_implementation="skein")
+
+
+DELEGATING = "dpr fuyu llava llava_onevision mistral3 modernvbert paligemma"
+
+
+@pytest.mark.parametrize("model_type", [name for name in DELEGATING.split() if name in MODEL_MAPPING_NAMES])
+def test_a_model_that_leaves_attention_to_others_that_ask_is_accepted(model_type):
+    config = AutoConfig.for_model(model_type)
+    for part in registration._all_configs(config, config):
+        if hasattr(part, "num_hidden_layers"):
+            part.num_hidden_layers = 2
+    with torch.device("meta"):
+        model = AutoModel.from_config(config, attn_implementation="skein")
+    assert not registration.calls_registry(type(model))
+
+
+def test_a_model_that_does_not_tell_those_it_leaves_attention_to_is_refused():
+    parts = {name: tiny_config(name) for name in ("dpr", "bart")}
+    config = transformers.RagConfig.from_question_encoder_generator_configs(*parts.values())
+    with pytest.raises(ValueError, match="RagModel does not support"):
+        transformers.RagModel._from_config(config, attn_implementation="skein")
+    model = transformers.RagModel._from_config(config, attn_implementation="sdpa")
+    model.set_attn_implementation("skein")
+    assert {m.config._attn_implementation for m in model.generator.modules() if hasattr(m, "config")} == {"skein"}

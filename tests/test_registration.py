@@ -18,6 +18,7 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoModelForMultipleChoice,
     AutoModelForQuestionAnswering,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     BartConfig,
@@ -27,6 +28,7 @@ from transformers import (
     GPT2Config,
     LlamaConfig,
     ModernBertConfig,
+    PreTrainedModel,
     T5Model,
     pipeline,
 )
@@ -540,6 +542,61 @@ def test_classes_with_a_partly_own_attention_warn(log):
     )  # fmt: skip
     AutoModel.from_config(config, attn_implementation="skein")
     assert any("BigBirdPegasusBlockSparseAttention" in record.getMessage() for record in log.records)
+
+
+class Foreign(PreTrainedModel):
+    """As `TimmWrapperModel`: says that it supports sdpa, and gets its attention from another library."""
+
+    config_class = BertConfig
+    _supports_sdpa = True
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.body = torch.nn.TransformerEncoderLayer(config.hidden_size, config.num_attention_heads)
+        self.post_init()
+
+
+class Wrapper(PreTrainedModel):
+    """A file without an attention of its own, around a model of Transformers that does or does not get its settings."""
+
+    config_class = BertConfig
+    _supports_sdpa = True
+
+    def __init__(self, config, attn="skein"):
+        super().__init__(config)
+        self.body = AutoModel.from_config(AutoConfig.for_model("roberta", **TINY), attn_implementation=attn)
+        self.post_init()
+
+
+def test_delegation_to_other_models_is_verified_on_what_was_built(tmp_path):
+    config = BertConfig(**TINY, attn_implementation="skein")
+    Wrapper(config)
+    for build_refused in (lambda: Foreign(config), lambda: Wrapper(config, "sdpa")):
+        with pytest.raises(ValueError, match="never asks Transformers' attention registry"):
+            build_refused()
+    foreign = Foreign(BertConfig(**TINY))
+    foreign.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="Foreign does not support"):
+        Foreign.from_pretrained(tmp_path, attn_implementation="skein")
+    with pytest.raises(ValueError, match="Foreign does not support"):
+        foreign.set_attn_implementation("skein")
+    assert foreign.config._attn_implementation == "sdpa"
+    wrapper = Wrapper(BertConfig(**TINY), "sdpa")
+    wrapper.set_attn_implementation("skein")
+    assert wrapper.body.config._attn_implementation == "skein"
+
+
+def test_parts_of_a_model_may_be_named():
+    def load(attn):
+        longformer = AutoConfig.for_model("longformer", **TINY, attention_window=[4, 4, 4])
+        config = EncoderDecoderConfig.from_encoder_decoder_configs(longformer, BertConfig(**TINY))
+        return AutoModelForSeq2SeqLM.from_config(config, attn_implementation=attn)
+
+    with pytest.raises(ValueError, match=r"LongformerModel.*name the parts"):
+        load("skein")
+    model = load({"decoder": "skein"})
+    assert model.decoder.config._attn_implementation == "skein"
+    assert model.encoder.config._attn_implementation != "skein"
 
 
 # --- sliding windows ---

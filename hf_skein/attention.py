@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,8 +19,7 @@ _SELECT = {"adaptive": adaptive.select, "skeinformer": skeinformer.select}
 # Some heads after others, so that the many passes over their queries, keys and values find them in the cache.
 NUMBERS_PER_STEP = 2**20
 
-# An additive mask means padding if it only adds zero or something no logit survives.
-_DROPPED = -1000.0
+_DROPPED = -1000.0  # no logit survives this or less
 
 
 def skein_attention(
@@ -73,22 +74,22 @@ def skein_attention(
     if query.shape[0] == 0:
         return query.new_zeros(*query.shape[:3], value.shape[-1])
     sequences = zip(query.unbind(), key.unbind(), value.unbind(), strict=True)
-    return torch.stack(
-        [
-            _one_sequence(
-                q,
-                k,
-                v,
-                _valid(mask, i),
-                _valid(query_mask, i),
-                scaling=scaling,
-                config=config,
-                layer=layer,
-                dropout=dropout,
-            )
-            for i, (q, k, v) in enumerate(sequences)
-        ]
-    )
+    heads = [
+        some_heads
+        for i, (q, k, v) in enumerate(sequences)
+        for some_heads in _one_sequence(
+            q,
+            k,
+            v,
+            _valid(mask, i),
+            _valid(query_mask, i),
+            scaling=scaling,
+            config=config,
+            layer=layer,
+            dropout=dropout,
+        )
+    ]
+    return torch.cat(heads).view(*query.shape[:3], value.shape[-1])
 
 
 def exact_attention(
@@ -113,6 +114,12 @@ def exact_attention(
     return output if mask is None else output.masked_fill(~mask.any(-1)[:, None, None, None], 0)
 
 
+def valid_from_additive(mask: Tensor) -> Tensor | None:
+    """An additive `mask` as bool with True for valid, if it only adds zero or what no logit survives; else None."""
+    dropped = mask <= _DROPPED
+    return ~dropped if bool((dropped | (mask == 0)).all()) else None
+
+
 def _one_sequence(
     query: Tensor,
     key: Tensor,
@@ -124,52 +131,46 @@ def _one_sequence(
     config: SkeinConfig,
     layer: int,
     dropout: float,
-) -> Tensor:
-    """`[heads, n_q, p]` of one sequence, its padding taken out and put back."""
+) -> Iterator[Tensor]:
+    """The output of one sequence, some heads `[h, n_q, pv]` after others; its padding is taken out and put back."""
     n_q = query.shape[1]
     query, key, value = _take(query, valid_query), _take(key, valid), _take(value, valid)
     if query.shape[1] == 0 or key.shape[1] == 0:
-        output = query.new_zeros(*query.shape[:2], value.shape[-1])
+        outputs = [query.new_zeros(*query.shape[:2], value.shape[-1])]
     elif key.shape[1] <= config.exact_length:
-        output = exact_attention(query[None], key[None], value[None], None, scaling, dropout)[0]
+        outputs = exact_attention(query[None], key[None], value[None], None, scaling, dropout)
+    elif config.method == "vmean":
+        outputs = [v_mean(query, value.repeat_interleave(len(query) // len(value), 0))]
     else:
-        output = _sketch(query, key, value, scaling, config, layer, dropout).to(query.dtype)
-    return _put_back(output, valid_query, n_q)
+        outputs = _sketch(query, key, value, scaling, config, layer, dropout)
+    for output in outputs:
+        yield _put_back(output.to(query.dtype), valid_query, n_q)
 
 
 def _sketch(
-    query: Tensor, key: Tensor, value: Tensor, scaling: float, config: SkeinConfig, layer: int, dropout: float
-) -> Tensor:
-    """`[heads, n_q, p]`, `[kv_heads, n_k, p]`, `[kv_heads, n_k, pv]` of one sequence to `[heads, n_q, pv]`."""
-    if config.method == "vmean":
-        return v_mean(query, value.repeat_interleave(len(query) // len(value), 0))
+    query: Tensor, key: Tensor, value: Tensor, scale: float, config: SkeinConfig, layer: int, dropout: float
+) -> Iterator[Tensor]:
+    """`[heads, n_q, p]`, `[kv_heads, n_k, p]`, `[kv_heads, n_k, pv]` of one sequence to some heads `[h, n_q, pv]`."""
     if config.backend == "reference" and dropout:
         raise ValueError('backend="reference" has no dropout; use backend="torch" for training with dropout.')
-    with torch.autocast(query.device.type, enabled=False):  # or it would undo the conversion to float32
-        return _sketch_in_full_precision(query, key, value, scaling, config, layer, dropout)
-
-
-def _sketch_in_full_precision(
-    query: Tensor, key: Tensor, value: Tensor, scaling: float, config: SkeinConfig, layer: int, dropout: float
-) -> Tensor:
     group = len(query) // len(key)
     step = max(1, NUMBERS_PER_STEP // (group * query.shape[1] * query.shape[2]))  # key heads at a time
-    outputs = []
     for first in range(0, len(key), step):
-        heads = torch.arange(group * first, min(group * (first + step), len(query)), device=query.device)
-        q, k, v = query[heads[0] : heads[-1] + 1], key[first : first + step], value[first : first + step]
-        if query.dtype in (torch.float16, torch.bfloat16):
-            q, k, v = q.float(), k.float(), v.float()
-        # Softmax does not change when every key moves by the same vector; centred keys have the smaller logits.
-        k = k - k.mean(-2, keepdim=True)
-        if group > 1:
-            k, v = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)
-        selection = _SELECT[config.method](q, k, v, scaling, config, layer, heads)
-        if config.backend == "reference":
-            outputs.append(rows.attend(q, k, v, selection, scaling, config))
-        else:
-            outputs.append(torch_path.attend(q, k, v, selection, scaling, config, dropout))
-    return torch.cat(outputs)
+        k, v = key[first : first + step], value[first : first + step]
+        heads = torch.arange(group * first, group * (first + len(k)), device=query.device)
+        q = query[group * first : group * (first + len(k))]
+        with torch.autocast(query.device.type, enabled=False):  # or it would undo the conversion to float32
+            if query.dtype in (torch.float16, torch.bfloat16):
+                q, k, v = q.float(), k.float(), v.float()
+            # Softmax does not change when every key moves by the same vector; centred keys have the smaller logits.
+            k = k - k.mean(-2, keepdim=True)
+            if group > 1:
+                k, v = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)
+            selection = _SELECT[config.method](q, k, v, scale, config, layer, heads)
+            if config.backend == "reference":
+                yield rows.attend(q, k, v, selection, scale, config)
+            else:
+                yield torch_path.attend(q, k, v, selection, scale, config, dropout)
 
 
 def _take(x: Tensor, index: Tensor | slice | None) -> Tensor:
@@ -233,14 +234,14 @@ def _padding_mask(mask: Tensor | None, name: str, batch: int, n: int) -> Tensor 
             "between queries cannot be sketched: use exact attention."
         )
     if mask.is_floating_point():
-        dropped = mask <= _DROPPED
-        if not bool((dropped | (mask == 0)).all()):
+        valid = valid_from_additive(mask)
+        if valid is None:
             raise ValueError(
                 f"A float {name} is additive: 0 for valid, {_DROPPED:g} or less for padding. Got values from "
                 f"{mask.min().item():g} to {mask.max().item():g}. Pass 0/1 as bool or integers; a bias cannot be "
                 "sketched."
             )
-        mask = ~dropped
+        mask = valid
     elif mask.dtype != torch.bool:
         if not bool(((mask == 0) | (mask == 1)).all()):
             raise ValueError(

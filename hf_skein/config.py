@@ -32,7 +32,7 @@ _MINIMUM = {
 
 @dataclass(frozen=True)
 class SkeinConfig:
-    """Settings of skein attention.
+    """Settings of skein attention. A model gets them by `hf_skein.configure` or `config.skein = settings.to_dict()`.
 
     Args:
         method: `"adaptive"` (ours: routed blocks of queries, each with its own columns), `"skeinformer"` (Algorithm 1
@@ -68,7 +68,7 @@ class SkeinConfig:
 
     method: str = "adaptive"
     num_columns: int = 64
-    block_size: int = 256
+    block_size: int = 512
     max_blocks: int = 64
     num_strata: int = 64
     num_pilots: int | None = None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import re
 import sys
 
 import torch
@@ -19,7 +20,7 @@ from transformers.masking_utils import bidirectional_mask_function, prepare_padd
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 from transformers.utils import logging
 
-from .attention import skein_attention
+from .attention import skein_attention, valid_from_additive
 from .config import SkeinConfig
 from .local import band_mask, local_attention
 
@@ -196,8 +197,10 @@ def _is_packed(kwargs: dict) -> bool:
     position_ids = kwargs.get("position_ids")
     if position_ids is None or position_ids.ndim != 2:
         return False
-    # Padding may repeat a position (a constant), a new document goes back to the first one.
-    return bool(((position_ids[:, 1:] < position_ids[:, :-1]) & (position_ids[:, 1:] == position_ids[:, :1])).any())
+    # A document steps from the first position to the next; padding repeats one position and never does.
+    first = position_ids[:, :1]
+    starts = (position_ids[:, :-1] == first) & (position_ids[:, 1:] == first + 1)
+    return bool((starts.sum(-1) > 1).any())
 
 
 @functools.cache
@@ -264,17 +267,31 @@ def _padding_from_4d(mask: Tensor) -> Tensor:
     row = mask[:, 0, 0]
     if row.dtype == torch.bool:
         return row
-    dropped = row <= -1000
-    return ~dropped if bool((dropped | (row == 0)).all()) else mask
+    valid = valid_from_additive(row)
+    return mask if valid is None else valid
 
 
 # --- configuration ---
 
 
 def _skein_config(config: PretrainedConfig | None) -> SkeinConfig:
-    """The `SkeinConfig` of a model's configuration, read again only when it changed."""
+    """The `SkeinConfig` of a model's configuration, read again only when it changed.
+
+    A `SkeinConfig` that was assigned becomes the plain JSON that `save_pretrained` can write.
+    """
     values = getattr(config, "skein", None)
-    return SkeinConfig() if values is None else _parse(json.dumps(values, sort_keys=True))
+    if values is None:
+        return SkeinConfig()
+    if isinstance(values, SkeinConfig):
+        config.skein = values = values.to_dict()
+    try:
+        text = json.dumps(values, sort_keys=True)
+    except TypeError as error:
+        raise ValueError(
+            f"config.skein is {values!r}, which is not plain JSON ({error}). Set it with "
+            "hf_skein.configure(model, ...), or assign SkeinConfig(...).to_dict()."
+        ) from None
+    return _parse(text)
 
 
 @functools.lru_cache(maxsize=128)
@@ -299,6 +316,12 @@ def configure(model_or_config: PreTrainedModel | PretrainedConfig, **fields) -> 
 
     Example:
         >>> hf_skein.configure(model, num_columns=256, layers={0: {"method": "exact"}})
+
+        Before the model is loaded (`from_pretrained` takes no `skein=...`):
+
+        >>> config = AutoConfig.from_pretrained(name)
+        >>> hf_skein.configure(config, num_columns=256)
+        >>> model = AutoModel.from_pretrained(name, config=config, attn_implementation="skein")
     """
     config = getattr(model_or_config, "config", model_or_config)
     if not isinstance(config, PretrainedConfig):
@@ -329,6 +352,8 @@ def _all_configs(model_or_config, config: PretrainedConfig) -> list[PretrainedCo
 
 # --- classes that bypass the registry ---
 
+_ASKS = re.compile(r"get_interface\(|ALL_ATTENTION_FUNCTIONS(\[|\.get\()")
+
 
 def own_attention_classes(model_class: type) -> list[str]:
     """Attention modules in a model's source file that attend by themselves instead of asking the registry."""
@@ -338,18 +363,15 @@ def own_attention_classes(model_class: type) -> list[str]:
         if inspect.isclass(member) and issubclass(member, nn.Module) and member.__module__ == module.__name__:
             source = _source(member)
             computes = "softmax(" in source or "scaled_dot_product_attention(" in source
-            if "Attention" in name and computes and "get_interface(" not in source:
+            if "Attention" in name and computes and not _ASKS.search(source):
                 found.append(name)
     return found
 
 
-def calls_registry(model_class: type) -> bool:
-    """Whether a model class asks the attention registry, itself or in the models it is made of."""
-    module = sys.modules.get(model_class.__module__)
-    if module is not None and "get_interface(" in _source(module):
-        return True
-    # A file without attention of its own delegates to other models if it claims to support a fused attention.
-    return bool(model_class._supports_sdpa) and not own_attention_classes(model_class)
+def calls_registry(module_class: type) -> bool:
+    """Whether the file that a module's class stands in asks the attention registry."""
+    module = sys.modules.get(module_class.__module__)
+    return module is not None and _ASKS.search(_source(module)) is not None
 
 
 @functools.cache
@@ -362,15 +384,10 @@ def _source(thing) -> str:
 
 @functools.cache
 def _check_class(model_class: type) -> None:
+    """Refuse a class that has an attention of its own or claims to support no other; warn if it also asks."""
     own = own_attention_classes(model_class)
-    if not calls_registry(model_class):
-        own_text = f" (it computes {', '.join(own)} itself)" if own else ""
-        raise ValueError(
-            f"{model_class.__name__} does not support attn_implementation={NAME!r}: it never asks Transformers' "
-            f"attention registry{own_text} and would silently run "
-            "its own attention. Load it without attn_implementation, or convert the checkpoint to an architecture "
-            "that does (BERT, RoBERTa, ...)."
-        )
+    if not calls_registry(model_class) and (own or not model_class._supports_sdpa):
+        raise _refusal(model_class)
     if own:
         logger.warning(
             f"skein: parts of {model_class.__name__} bypass Transformers' attention registry and run their own "
@@ -378,22 +395,58 @@ def _check_class(model_class: type) -> None:
         )
 
 
+def _check_parts(model: PreTrainedModel, is_configured: bool) -> None:
+    """Refuse a model whose file leaves attention to other models, if none of them asks the registry.
+
+    They may be of another library, or (looked at if `is_configured`) may not have been told to ask for skein.
+    """
+    if calls_registry(type(model)):
+        return
+    parts = [part for part in model.modules() if calls_registry(type(part))]
+    if is_configured:
+        parts = [p for p in parts if getattr(getattr(p, "config", None), "_attn_implementation", None) == NAME]
+    if not parts:
+        raise _refusal(type(model))
+
+
+def _refusal(model_class: type) -> ValueError:
+    own = own_attention_classes(model_class)
+    own_text = f" (it computes {', '.join(own)} itself)" if own else ""
+    return ValueError(
+        f"{model_class.__name__} does not support attn_implementation={NAME!r}: it never asks Transformers' "
+        f"attention registry{own_text} and would silently run another attention. Load it without attn_implementation, "
+        "or convert the checkpoint to an architecture that does (BERT, RoBERTa, ...). Of a model made of several, name "
+        f'the parts that do, e.g. attn_implementation={{"text_config": "{NAME}"}}.'
+    )
+
+
 def _check_at_load() -> None:
     """Have `from_pretrained`, `from_config` and `set_attn_implementation` refuse classes that bypass the registry.
 
-    The registries are not told which class asks, so this is the one place where a method of Transformers is wrapped:
-    the check that every model runs on the name of its attention, for our name only.
+    The registries are not told which class asks, so this is the one place where methods of Transformers are wrapped,
+    for our name only: the check that every model runs on the name of its attention, before it has any parts unless the
+    name is set later, and the end of every model's construction.
     """
-    original = PreTrainedModel.get_correct_attn_implementation
+    original_check, original_post_init = PreTrainedModel.get_correct_attn_implementation, PreTrainedModel.post_init
 
-    @functools.wraps(original)
-    def get_correct_attn_implementation(self, requested_attention, *args, **kwargs):
+    @functools.wraps(original_check)
+    def get_correct_attn_implementation(self, requested_attention, is_init_check=False):
         if requested_attention == NAME:
             _check_class(type(self))
-        return original(self, requested_attention, *args, **kwargs)
+            _skein_config(self.config)
+            if not is_init_check:
+                _check_parts(self, is_configured=False)
+        return original_check(self, requested_attention, is_init_check)
+
+    @functools.wraps(original_post_init)
+    def post_init(self):
+        if self.config._attn_implementation == NAME:
+            _check_parts(self, is_configured=True)
+        original_post_init(self)
 
     get_correct_attn_implementation.checks_skein = True
     PreTrainedModel.get_correct_attn_implementation = get_correct_attn_implementation
+    PreTrainedModel.post_init = post_init
 
 
 def register() -> None:

@@ -2,7 +2,7 @@
 
 The strata enter as further keys: their means `k̄_c`, `v̄_c` without the columns, with logit bias `log N_c`. What
 `sketch.residual.second_order` defines by covariances within strata are sums over all keys less those over the keys of a
-block, its columns and its strata, of which there are `N_i` (1 for a column). With the scale in `q`, `r = n - d`:
+block, its columns and its strata, of which there are `N_i` (1 for a column). With the scale in `k`, `r = n - d`:
 
     [W, X] = Σ_all k_j [k_j, v_j]ᵀ - Σ_i N_i k_i [k_i, v_i]ᵀ
     z = 1 + qᵀWq / 2r,    e_i = N_i exp(q·k_i),    U = Σ_strata e_i
@@ -24,51 +24,54 @@ from .sketch.routing import Blocks
 from .sketch.rows import Selection
 
 
-LOGITS_PER_STEP = 2**18  # worked on at a time: with their temporaries a few MB, which the cache holds
+LOGITS_PER_STEP = 2**19  # worked on at a time: with their temporaries a few MB, which the cache holds
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, selection: Selection, num_strata: int, dropout: float) -> Tensor:
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, selection: Selection, num_strata: int, scale: float, dropout: float
+) -> Tensor:
     """Sketched rows of all heads of one sequence; `selection.exact_rows` are left to the caller.
 
     Only the inputs, the output and the selection are kept for the backward pass, which computes the pieces again.
 
     Args:
-        query: `[h, n_q, p]`, times the scale.
+        query: `[h, n_q, p]`.
         key: `[h, n_k, p]`, with mean zero.
         value: `[h, n_k, pv]`.
         selection: Of either method.
         num_strata: Number of strata.
+        scale: Multiplies the logits.
         dropout: Probability with which a column's weight is dropped; the residual is never dropped.
 
     Returns:
         `[h, n_q, pv]`.
     """
+    seed = int(torch.randint(2**62, ())) if dropout else 0  # of the global generator
     tensors = (*selection.blocks, selection.columns, selection.stratum)
-    if dropout:  # a dropped column loses all of its value, the mean included; the seed is the global generator's
-        return _SecondOrder.apply(query, key, value, num_strata, dropout, int(torch.randint(2**62, ())), *tensors)
-    mean = value.mean(1, keepdim=True)  # rounding is smaller without it
-    return _SecondOrder.apply(query, key, value - mean, num_strata, 0.0, 0, *tensors) + mean
+    return _SecondOrder.apply(query, key, value, num_strata, scale, dropout, seed, *tensors)
 
 
 class _SecondOrder(torch.autograd.Function):
     @staticmethod
-    def forward(query, key, value, num_strata, dropout, seed, index, filled, slot, columns, stratum):
-        sketch = _Sketch(query, key, value, num_strata, dropout, seed, Blocks(index, filled, slot), columns, stratum)
+    def forward(query, key, value, num_strata, scale, dropout, seed, index, filled, slot, columns, stratum):
+        blocks = Blocks(index, filled, slot)
+        sketch = _Sketch(query, key, value, num_strata, scale, dropout, seed, blocks, columns, stratum)
         output = query.new_empty(*query.shape[:2], value.shape[-1])
         for heads, pieces in sketch.pieces():
             by_slot = query.new_empty(*index[heads].shape, value.shape[-1])
             for blocks, slots in pieces:
                 rows = sketch.rows(heads, blocks, slots)
                 result = rows.dropped() @ rows.value
-                result.addcmul_(rows.linear, rows.share)
-                by_slot[:, blocks, slots] = result.div_(rows.mass)
-            output[heads] = gather_rows(by_slot.flatten(1, 2), slot[heads])
+                result.addcmul_(rows.linear, rows.share).div_(rows.mass)
+                by_slot[:, blocks, slots] = result.add_(sketch.value_mean[heads, None])
+            place = flat_index(slot[heads], index[0].numel()).flatten()
+            torch.index_select(by_slot.flatten(0, 2), 0, place, out=output[heads].flatten(0, 1))
         return output
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        query, key, value, *ctx.options = inputs[:6]
-        ctx.save_for_backward(query, key, value, output, *inputs[6:])
+        query, key, value, *ctx.options = inputs[:7]
+        ctx.save_for_backward(query, key, value, output, *inputs[7:])
 
     @staticmethod
     @once_differentiable
@@ -79,7 +82,10 @@ class _SecondOrder(torch.autograd.Function):
         for heads, pieces in sketch.pieces():
             _backward_heads(sketch, heads, pieces, output, grad_output, grad_query, grad_table)
         grad_key, grad_value = grad_table.split([key.shape[-1], value.shape[-1]], -1)
-        return grad_query, grad_key, grad_value, *[None] * 8
+        if sketch.centered:
+            grad_mean = grad_output.sum(1, keepdim=True) - grad_value.sum(1, keepdim=True)
+            grad_value = grad_value + grad_mean / value.shape[1]
+        return grad_query, grad_key * sketch.scale, grad_value, *[None] * 9
 
 
 class _Rows(NamedTuple):
@@ -130,11 +136,17 @@ class _Rows(NamedTuple):
 class _Sketch:
     """The inputs, sums over all keys, and how the work is cut into pieces. Every pass draws the same dropout."""
 
-    def __init__(self, query, key, value, num_strata, dropout, seed, blocks: Blocks, columns, stratum):
-        self.query, self.blocks, self.columns, self.stratum = query, blocks, columns, stratum
+    def __init__(self, query, key, value, num_strata, scale, dropout, seed, blocks: Blocks, columns, stratum):
+        self.query, self.scale, self.blocks, self.columns, self.stratum = query, scale, blocks, columns, stratum
         self.rest = key.shape[1] - columns.shape[-1]
-        self.table = torch.cat([key, value], -1)  # one gather serves both
-        self.all_keys = key.mT @ self.table
+        # Rounding is smaller without the mean value; but a column that is dropped loses all of its value.
+        self.centered = not dropout
+        self.value_mean = value.mean(1, keepdim=True) * self.centered
+        # One gather serves keys and values.
+        self.table = key.new_empty(*key.shape[:2], key.shape[-1] + value.shape[-1])
+        torch.mul(key, scale, out=self.table[..., : key.shape[-1]])
+        torch.sub(value, self.value_mean, out=self.table[..., key.shape[-1] :])
+        self.all_keys = self.table[..., : key.shape[-1]].mT @ self.table
         self.total, self.size = strata.sums(stratum, num_strata, self.table)
         self.labels = torch.arange(num_strata, device=key.device)[:, None]
         self.dropout, self.generator = dropout, None
@@ -198,7 +210,7 @@ def _backward_heads(
         x = sketch.rows(heads, blocks, slots)
         place = index[:, blocks, slots]
         grad = gather_rows(grad_output, place) * filled[blocks, slots, None]
-        mu = (grad * gather_rows(output, place)).sum(-1, keepdim=True) / x.mass
+        mu = (grad * (gather_rows(output, place) - sketch.value_mean[heads, None])).sum(-1, keepdim=True) / x.mass
         grad /= x.mass
         # Of the numerator with respect to the weights; then of the loss, with respect to the logits.
         of_weight = grad @ x.value.mT

@@ -46,7 +46,7 @@ def attend(
     """
     kind = config.resolved_residual if config.row_normalization == "adaptive" else config.row_normalization
     if kind == "second_order":
-        output = second_order.attend(query * scale, key, value, selection, config.resolved_strata, dropout)
+        output = second_order.attend(query, key, value, selection, config.resolved_strata, scale, dropout)
     else:
         output = _by_blocks(_ROWS[kind](key, value, scale, dropout), query, selection)
     exact_rows = selection.exact_rows
@@ -63,8 +63,7 @@ def _by_blocks(rows: Rows, query: Tensor, selection: Selection) -> Tensor:
     (index, _, slot), columns = selection.blocks, selection.columns
     heads, blocks, size = index.shape
     if blocks == 1:  # columns serve all of a head's queries, in their own order
-        pieces = query[:, None].split(max(1, LOGITS_PER_STEP // (heads * columns.shape[-1])), 2)
-        return torch.cat([rows(piece, columns) for piece in pieces], 2)[:, 0]
+        return rows(query[:, None], columns)[:, 0]
     step = max(1, LOGITS_PER_STEP // (heads * size * columns.shape[-1]))
     pieces = zip(index.split(step, 1), columns.split(step, 1), strict=True)
     output = torch.cat([rows(gather_rows(query, i), c) for i, c in pieces], 1)
@@ -113,15 +112,15 @@ def _fused(
 
 
 def _unnormalized(key: Tensor, value: Tensor, scale: float, dropout: float) -> Rows:
-    def log_row_sum(query: Tensor) -> Tensor:
-        return torch.logsumexp(scale * query @ key[:, None].mT, -1, keepdim=True)
+    def some_rows(query: Tensor, columns: Tensor) -> Tensor:
+        row_sum = torch.logsumexp(scale * query @ key[:, None].mT, -1, keepdim=True)
+        weights = (scale * query @ gather_rows(key, columns).mT - row_sum).exp()
+        return F.dropout(weights, dropout) @ gather_rows(value, columns)
 
     def rows(query: Tensor, columns: Tensor) -> Tensor:
         # The true row sums cost n² time; pieces of rows, computed again in the backward pass, keep the memory linear.
         pieces = query.split(max(1, LOGITS_PER_STEP // (query[..., 0, 0].numel() * key.shape[1])), 2)
-        row_sum = torch.cat([checkpoint(log_row_sum, piece, use_reentrant=False) for piece in pieces], 2)
-        weights = (scale * query @ gather_rows(key, columns).mT - row_sum).exp()
-        return F.dropout(weights, dropout) @ gather_rows(value, columns)
+        return torch.cat([checkpoint(some_rows, piece, columns, use_reentrant=False) for piece in pieces], 2)
 
     return rows
 

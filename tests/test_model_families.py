@@ -14,6 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
 import hf_skein
 from hf_skein import registration
+from hf_skein.sketch.routing import ROUTING_COMPONENTS
 
 
 # What is found, but is no text encoder that takes token ids alone, and why.
@@ -66,15 +67,15 @@ EXCLUDED = {
     **dict.fromkeys(("bigbird_pegasus", "pegasus_x"), "the encoder has an attention of its own; a warning says so"),
 }
 
-SIZES = {
-    **dict.fromkeys(("hidden_size", "d_model", "dim", "embedding_size"), 32),
+SIZES = {  # heads of 24, so that routing has directions to leave out
+    **dict.fromkeys(("hidden_size", "d_model", "dim", "embedding_size"), 48),
     **dict.fromkeys(("intermediate_size", "hidden_dim", "encoder_ffn_dim", "decoder_ffn_dim", "d_ff"), 48),
     **dict.fromkeys(("num_hidden_layers", "n_layers", "num_layers", "encoder_layers", "decoder_layers"), 3),
     **dict.fromkeys(("num_decoder_layers",), 1),
-    **dict.fromkeys(("num_attention_heads", "n_heads", "encoder_attention_heads", "decoder_attention_heads"), 4),
-    **dict.fromkeys(("num_heads",), 4),
-    **dict.fromkeys(("num_key_value_heads",), 2),
-    **dict.fromkeys(("head_dim", "d_kv"), 8),
+    **dict.fromkeys(("num_attention_heads", "n_heads", "encoder_attention_heads", "decoder_attention_heads"), 2),
+    **dict.fromkeys(("num_heads",), 2),
+    **dict.fromkeys(("num_key_value_heads",), 1),
+    **dict.fromkeys(("head_dim", "d_kv"), 24),
     **dict.fromkeys(("vocab_size",), 99),
     **dict.fromkeys(("max_position_embeddings", "max_source_positions"), 128),
     **dict.fromkeys(("pad_token_id",), 1),
@@ -83,7 +84,7 @@ SIZES = {
 }
 OVERRIDES = {
     "xmod": {"default_language": "en_XX"},
-    "esmc": {"num_key_value_heads": 4},
+    "esmc": {"num_key_value_heads": 2},
     "roc_bert": {"pronunciation_vocab_size": 99, "shape_vocab_size": 99},
     "longt5": {"encoder_attention_type": "transient-global"},
     "modernbert": {"local_attention": 8, "global_attn_every_n_layers": 2},
@@ -92,7 +93,7 @@ _GEMMA = {
     name: SIZES[name] for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 }
 _GEMMA |= {name: SIZES[name] for name in ("num_key_value_heads", "head_dim", "vocab_size")}
-OVERRIDES["t5gemma"] = {"encoder": _GEMMA, "decoder": {**_GEMMA, "cross_attention_hidden_size": 32}}
+OVERRIDES["t5gemma"] = {"encoder": _GEMMA, "decoder": {**_GEMMA, "cross_attention_hidden_size": 48}}
 # The reason why no layer is sketched.
 POSITION_BIAS = ("t5", "umt5", "mt5", "longt5", "switch_transformers")
 ALL_EXACT = {"t5gemma": "soft-capped", **dict.fromkeys(POSITION_BIAS, "position bias")}
@@ -195,9 +196,10 @@ def test_the_families_of_the_design_are_among_them():
 def test_family(model_type, monkeypatch):
     calls, reasons = [], []
 
-    def counted(*args, **kwargs):
+    def counted(query, *args, **kwargs):
         calls.append(kwargs.get("layer"))
-        return hf_skein.attention.skein_attention(*args, **kwargs)
+        assert query.shape[-1] > ROUTING_COMPONENTS
+        return hf_skein.attention.skein_attention(query, *args, **kwargs)
 
     def why(*args):
         reasons.append(original_why(*args))
@@ -257,3 +259,27 @@ def test_a_class_that_never_calls_the_registry_is_refused_at_load(model_type, tm
         AutoModel.from_config(tiny_config(model_type)).save_pretrained(tmp_path)
         with pytest.raises(ValueError, match=r"MPNetModel.*MPNetSelfAttention"):
             AutoModel.from_pretrained(tmp_path, attn_implementation="skein")
+
+
+DELEGATING = "dpr fuyu llava llava_onevision mistral3 modernvbert paligemma"
+
+
+@pytest.mark.parametrize("model_type", [name for name in DELEGATING.split() if name in MODEL_MAPPING_NAMES])
+def test_a_model_that_leaves_attention_to_others_that_ask_is_accepted(model_type):
+    config = AutoConfig.for_model(model_type)
+    for part in registration._all_configs(config, config):
+        if hasattr(part, "num_hidden_layers"):
+            part.num_hidden_layers = 2
+    with torch.device("meta"):
+        model = AutoModel.from_config(config, attn_implementation="skein")
+    assert not registration.calls_registry(type(model))
+
+
+def test_a_model_that_does_not_tell_those_it_leaves_attention_to_is_refused():
+    parts = {name: tiny_config(name) for name in ("dpr", "bart")}
+    config = transformers.RagConfig.from_question_encoder_generator_configs(*parts.values())
+    with pytest.raises(ValueError, match="RagModel does not support"):
+        transformers.RagModel._from_config(config, attn_implementation="skein")
+    model = transformers.RagModel._from_config(config, attn_implementation="sdpa")
+    model.set_attn_implementation("skein")
+    assert {m.config._attn_implementation for m in model.generator.modules() if hasattr(m, "config")} == {"skein"}

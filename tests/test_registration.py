@@ -18,6 +18,7 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoModelForMultipleChoice,
     AutoModelForQuestionAnswering,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     BartConfig,
@@ -27,6 +28,7 @@ from transformers import (
     GPT2Config,
     LlamaConfig,
     ModernBertConfig,
+    PreTrainedModel,
     T5Model,
     pipeline,
 )
@@ -219,6 +221,30 @@ def test_configure_keeps_what_it_is_not_given_and_checks_before_it_changes():
     assert config.skein == before
     with pytest.raises(ValueError, match="expects a model"):
         hf_skein.configure(torch.nn.Linear(1, 1))
+
+
+def test_an_assigned_skein_config_becomes_json(tmp_path, sketched):
+    settings = hf_skein.SkeinConfig(**SKETCH, layers={1: {"method": "exact"}})
+    config = BertConfig(**TINY, skein=settings)
+    model = build(config, sketch=None)
+    assert model.config.skein == settings.to_dict()  # seen at load
+    model.config.skein = settings
+    model(token_ids())
+    assert sketched == [0, 2] and model.config.skein == settings.to_dict()  # seen by attention
+    model.config.skein = settings
+    hf_skein.configure(model, seed=3)
+    assert model.config.skein == {**settings.to_dict(), "seed": 3}  # seen by configure
+    model.save_pretrained(tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path).skein == model.config.skein
+
+
+@pytest.mark.parametrize("wrong", [{"layers": {0: hf_skein.SkeinConfig()}}, {"num_columns": torch.tensor(3)}, {3, 4}])
+def test_settings_that_are_no_json_are_refused_with_the_way_to_set_them(wrong):
+    config = BertConfig(**TINY, skein=wrong)
+    with pytest.raises(ValueError, match=r"not plain JSON .* hf_skein\.configure\(.*\.to_dict\(\)"):
+        build(config, sketch=None)
+    with pytest.raises(ValueError, match=r"hf_skein\.configure"):
+        hf_skein.configure(config, seed=3)
 
 
 def test_configure_keeps_what_a_nested_model_was_given():
@@ -416,6 +442,21 @@ def test_a_4d_mask_that_is_the_same_for_every_query_is_padding_or_a_bias(sketche
     assert any("4D attention mask" in record.getMessage() for record in log.records)
 
 
+@pytest.mark.parametrize("added", [-1000.0, -999.0])
+def test_what_counts_as_padding_is_the_same_with_and_without_transformers(added, sketched, log):
+    layer = bert().encoder.layer[0].attention.self
+    query, key, value = torch.randn(3, 1, 2, 60, 16)
+    mask = torch.zeros(1, 1, 1, 60).masked_fill(torch.arange(60) >= 41, added)
+    output, _ = registration.skein_attention_forward(layer, query, key, value, mask)
+    if added == -1000:
+        expected = hf_skein.skein_attention(query, key, value, mask, config=hf_skein.SkeinConfig(**SKETCH))
+        assert torch.equal(output.transpose(1, 2), expected) and sketched
+    else:
+        with pytest.raises(ValueError, match="-1000 or less for padding"):
+            hf_skein.skein_attention(query, key, value, mask)
+        assert not sketched
+
+
 def test_a_module_that_serves_cross_attention_too_is_exact(sketched, log):
     """Equal lengths would not tell its cross-attention from self-attention."""
 
@@ -454,12 +495,47 @@ def test_attentions_of_sliding_windows():
         torch.testing.assert_close(eager.transpose(1, 2)[valid], skein.transpose(1, 2)[valid], rtol=1e-4, atol=1e-5)
 
 
-def test_padding_is_not_a_packed_document():
-    positions = torch.tensor([[0, 1, 2, 3, 1, 1, 1]])
-    assert not registration._is_packed({"position_ids": positions})
-    assert not registration._is_packed({"position_ids": torch.tensor([[1, 1, 1, 2, 3, 4, 5]])})
-    assert registration._is_packed({"position_ids": torch.tensor([[0, 1, 2, 0, 1, 2, 3]])})
+@pytest.mark.parametrize(
+    ("positions", "packed"),
+    [
+        ([0, 1, 2, 3, 1, 1, 1], False),  # padding at the end, by any constant
+        ([0, 1, 2, 3, 0, 0, 0], False),
+        ([0, 1, 2, 3, 0], False),
+        ([2, 3, 4, 5, 1, 1, 1], False),  # RoBERTa's padding_idx
+        ([1, 1, 2, 3, 4, 1, 1], False),
+        ([1, 1, 1, 2, 3, 4, 5], False),  # padding in front
+        ([0, 0, 0, 1, 2, 3, 4], False),
+        ([1, 1, 1, 0, 1, 2, 3], False),
+        ([0, 1, 2, 0, 0, 3, 4], False),  # padding in between
+        ([2, 3, 1, 4, 5, 1, 6], False),
+        ([0], False),
+        ([0, 1, 2, 0, 1, 2, 3], True),
+        ([2, 3, 4, 2, 3, 1, 1], True),
+        ([0, 1, 2, 0, 0, 1, 2], True),  # a document of one token between two
+        ([0, 1, 2, 1, 1, 0, 1], True),  # padding between documents
+    ],
+)
+def test_padding_is_not_a_packed_document(positions, packed):
+    single = list(range(len(positions)))
+    for rows in ([positions], [single, positions]):
+        assert registration._is_packed({"position_ids": torch.tensor(rows)}) is packed
+
+
+def test_cu_seq_lens_mean_packed_documents():
     assert registration._is_packed({"cu_seq_lens_q": torch.tensor([0, 3, 7])})
+
+
+def test_positions_padded_with_zero_are_sketched(sketched):
+    ids, mask = token_ids(), torch.ones(2, 60, dtype=torch.long)
+    mask[1, 41:] = 0
+    positions = (mask.cumsum(-1) - 1) * mask
+    config = AutoConfig.for_model("eurobert", **TINY, num_key_value_heads=1)
+    model = build(config, sketch={**SKETCH, "strict": True})
+    output = model(ids, attention_mask=mask, position_ids=positions).last_hidden_state
+    assert sketched == [0, 1, 2]
+    plain = model(ids, attention_mask=mask).last_hidden_state
+    valid = mask.bool()
+    torch.testing.assert_close(output[valid], plain[valid])
 
 
 def test_classes_with_a_partly_own_attention_warn(log):
@@ -469,6 +545,61 @@ def test_classes_with_a_partly_own_attention_warn(log):
     )  # fmt: skip
     AutoModel.from_config(config, attn_implementation="skein")
     assert any("BigBirdPegasusBlockSparseAttention" in record.getMessage() for record in log.records)
+
+
+class Foreign(PreTrainedModel):
+    """As `TimmWrapperModel`: says that it supports sdpa, and gets its attention from another library."""
+
+    config_class = BertConfig
+    _supports_sdpa = True
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.body = torch.nn.TransformerEncoderLayer(config.hidden_size, config.num_attention_heads)
+        self.post_init()
+
+
+class Wrapper(PreTrainedModel):
+    """A file without an attention of its own, around a model of Transformers that does or does not get its settings."""
+
+    config_class = BertConfig
+    _supports_sdpa = True
+
+    def __init__(self, config, attn="skein"):
+        super().__init__(config)
+        self.body = AutoModel.from_config(AutoConfig.for_model("roberta", **TINY), attn_implementation=attn)
+        self.post_init()
+
+
+def test_delegation_to_other_models_is_verified_on_what_was_built(tmp_path):
+    config = BertConfig(**TINY, attn_implementation="skein")
+    Wrapper(config)
+    for build_refused in (lambda: Foreign(config), lambda: Wrapper(config, "sdpa")):
+        with pytest.raises(ValueError, match="never asks Transformers' attention registry"):
+            build_refused()
+    foreign = Foreign(BertConfig(**TINY))
+    foreign.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="Foreign does not support"):
+        Foreign.from_pretrained(tmp_path, attn_implementation="skein")
+    with pytest.raises(ValueError, match="Foreign does not support"):
+        foreign.set_attn_implementation("skein")
+    assert foreign.config._attn_implementation == "sdpa"
+    wrapper = Wrapper(BertConfig(**TINY), "sdpa")
+    wrapper.set_attn_implementation("skein")
+    assert wrapper.body.config._attn_implementation == "skein"
+
+
+def test_parts_of_a_model_may_be_named():
+    def load(attn):
+        longformer = AutoConfig.for_model("longformer", **TINY, attention_window=[4, 4, 4])
+        config = EncoderDecoderConfig.from_encoder_decoder_configs(longformer, BertConfig(**TINY))
+        return AutoModelForSeq2SeqLM.from_config(config, attn_implementation=attn)
+
+    with pytest.raises(ValueError, match=r"LongformerModel.*name the parts"):
+        load("skein")
+    model = load({"decoder": "skein"})
+    assert model.decoder.config._attn_implementation == "skein"
+    assert model.encoder.config._attn_implementation != "skein"
 
 
 # --- sliding windows ---

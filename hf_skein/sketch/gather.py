@@ -6,15 +6,10 @@ import torch
 from torch import Tensor
 
 
-def evenly_spaced(n: int, count: int, device: torch.device) -> Tensor:
-    """`[min(n, count)]` of the positions below `n`, at even spacing, each in the middle of its part."""
-    count = min(n, count)
-    return (2 * torch.arange(count, device=device) + 1) * n // (2 * count)
-
-
 def sample_rows(x: Tensor, count: int) -> Tensor:
-    """`[h, n, ...]` to `[h, min(n, count), ...]`: rows at even spacing."""
-    return x.index_select(1, evenly_spaced(x.shape[1], count, x.device))
+    """At most `count` rows of each head `[h, n, ...]`, at even spacing; a view."""
+    step = -(-x.shape[1] // count)
+    return x[:, step // 2 :: step]
 
 
 def flat_index(index: Tensor, length: int) -> Tensor:

@@ -12,7 +12,7 @@ from .routing import Blocks
 
 
 # Scores of pilots against keys that are held at a time, by taking some heads after others.
-SCORES_PER_STEP = 2**20
+SCORES_PER_STEP = 2**19
 
 _SAMPLE = 1024  # queries, at even spacing, that the covariance is taken from
 
@@ -97,4 +97,6 @@ def log_rms_attention(pilots: Tensor, key: Tensor, scale: float, bias: Tensor | 
     logits = logits.unflatten(1, pilots.shape[1:3])
     if pilots.shape[2] == 1:
         return logits.squeeze(2)
-    return torch.logsumexp(2 * torch.log_softmax(logits, -1), 2) / 2
+    log_probability = logits.sub_(torch.logsumexp(logits, -1, keepdim=True))
+    top = log_probability.amax(2, keepdim=True)
+    return torch.linalg.vector_norm(log_probability.sub_(top).exp_(), dim=2).log_().add_(top.squeeze(2))

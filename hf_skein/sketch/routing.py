@@ -36,13 +36,9 @@ class Blocks(NamedTuple):
 
 
 def num_blocks(num_queries: int, block_size: int, max_blocks: int) -> int:
-    """Blocks for a sequence: of at most `block_size` queries, unless that were more than `max_blocks` blocks."""
-    return min(max_blocks, -(-num_queries // block_size))
-
-
-def _bounds(n: int, blocks: int, device: torch.device) -> Tensor:
-    """`[blocks + 1]` first query rank of every leaf: sizes differ by at most one."""
-    return torch.arange(blocks + 1, device=device) * n // blocks
+    """Blocks for a sequence, a power of two: of at most `block_size` queries, unless there were too many blocks."""
+    wanted = -(-num_queries // block_size)
+    return 1 << min((wanted - 1).bit_length(), min(max_blocks, num_queries).bit_length() - 1)
 
 
 def _segments(start: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
@@ -97,22 +93,21 @@ def route(query: Tensor, key: Tensor, blocks: int) -> Blocks:
     Args:
         query: `[h, n_q, p]`, valid queries of one sequence.
         key: `[h, n_k, p]`, with mean zero.
-        blocks: Number of blocks, between 1 and `n_q`.
+        blocks: Number of blocks, a power of two, at most `n_q`.
 
     Returns:
         The blocks; see `Blocks`.
     """
     heads, n, _ = query.shape
-    bounds = _bounds(n, blocks, query.device)
+    bounds = torch.arange(blocks + 1, device=query.device) * n // blocks  # first rank of every leaf
     order = torch.arange(n, device=query.device).expand(heads, n)
     if blocks > 1:
         # A query that is not finite must not cost the others their place; its own row stays what it is.
         points = logit_components(query, key, ROUTING_COMPONENTS).nan_to_num(0, 0, 0)
-        leaves = torch.tensor([0, blocks], device=query.device)  # the nodes of this level are leaves[i] .. leaves[i+1]
-        while (leaves.diff() > 1).any():
-            order = _split_level(points, order, bounds[leaves])
-            middles = (leaves[:-1] + leaves[1:]) // 2
-            leaves = torch.unique(torch.cat([leaves, middles]))
+        leaves = blocks  # of a node
+        while leaves > 1:
+            order = _split_level(points, order, bounds[::leaves], bounds[leaves // 2 :: leaves])
+            leaves //= 2
     table, filled = _segments(bounds[:-1], bounds[1:])
     # Leaves are full from the left, so rank r of leaf g sits in slot g * size + (r - first rank of g).
     slot_of_rank = torch.arange(table.numel(), device=query.device).view_as(table)[filled]
@@ -120,15 +115,32 @@ def route(query: Tensor, key: Tensor, blocks: int) -> Blocks:
     return Blocks(order.index_select(1, table.flatten()).unflatten(1, table.shape), filled, slot)
 
 
-def _split_level(points: Tensor, order: Tensor, first: Tensor) -> Tensor:
-    """Sort every node (ranks `first[i]` to `first[i+1]`) of every head along its coordinate of largest variance."""
+def _split_level(points: Tensor, order: Tensor, first: Tensor, middle: Tensor) -> Tensor:
+    """Part every node of every head along its coordinate of largest variance.
+
+    Args:
+        points: `[h, n, components]`.
+        order: `[h, n]` int64; node `i` holds the queries of the ranks `first[i] <= r < first[i + 1]`.
+        first: `[nodes + 1]`.
+        middle: `[nodes]`: the ranks from there on are for the larger coordinates.
+
+    Returns:
+        `[h, n]`, the order after the split.
+    """
     table, valid = _segments(first[:-1], first[1:])
     members = order.index_select(1, table.flatten()).unflatten(1, table.shape)  # [h, nodes, m]
-    # In the order of the parent's coordinate, every few queries are a fair sample.
     stride = _STRIDE if members.shape[-1] >= 32 * _STRIDE else 1
     axis = gather_rows(points, members[..., ::stride]).var(-2, correction=0).argmax(-1)  # [h, nodes]
     place = members * points.shape[-1] + axis[..., None]
     coordinate = points.flatten(1).gather(1, place.flatten(1)).view(members.shape)
-    coordinate.masked_fill_(~valid, torch.inf)  # spare slots sort last
-    rank = coordinate.sort(dim=-1, stable=True).indices
-    return members.gather(-1, rank).flatten(1).index_select(1, valid.flatten().nonzero().squeeze(-1))
+    coordinate.masked_fill_(~valid, -torch.inf)
+    # Sizes differ by at most one: a node whose upper part is the smaller one leaves out the last of the larger ones.
+    upper_size = first[1:] - middle
+    largest = coordinate.topk(int(upper_size.max()), sorted=False)
+    last = largest.indices.gather(-1, largest.values.argmin(-1, keepdim=True))
+    upper = torch.zeros_like(members, dtype=torch.bool).scatter_(-1, largest.indices, True)
+    upper.scatter_(-1, last, (upper_size == upper_size.max())[:, None].expand_as(last))
+    # In each node, the positions of the lower part and then those of the upper one.
+    flat = torch.stack([valid & ~upper, upper], 2).flatten().nonzero().squeeze(-1)
+    m = members.shape[-1]
+    return members.flatten()[flat // (2 * m) * m + flat % m].view_as(order)

@@ -71,7 +71,8 @@ def sketched_rows(
 
 
 def overwrite_rows(output: Tensor, rows: Tensor, replacement: Tensor) -> Tensor:
-    """`output` with some rows replaced; of repeated rows one replacement is used, in the gradient too.
+    """`output` with some rows replaced (in place, without gradients); of repeated rows one replacement is used, in the
+    gradient too.
 
     Args:
         output: `[n, p]`.
@@ -84,7 +85,9 @@ def overwrite_rows(output: Tensor, rows: Tensor, replacement: Tensor) -> Tensor:
     order = torch.arange(len(rows), device=rows.device)
     chosen = torch.zeros(len(output), dtype=torch.int64, device=output.device).scatter_(0, rows, order)
     replacement = replacement.where((chosen[rows] == order)[:, None], 0)
-    return output.index_fill(0, rows, 0).index_add(0, rows, replacement)
+    if output.requires_grad:
+        output = output.clone()
+    return output.index_fill_(0, rows, 0).index_add_(0, rows, replacement)
 
 
 def attend(

@@ -17,7 +17,7 @@ from .sketch.baselines import v_mean
 _SELECT = {"adaptive": adaptive.select, "skeinformer": skeinformer.select}
 
 # Some heads after others, so that the many passes over their queries, keys and values find them in the cache.
-NUMBERS_PER_STEP = 2**20
+NUMBERS_PER_STEP = 2**22
 
 _DROPPED = -1000.0  # no logit survives this or less
 
@@ -89,7 +89,8 @@ def skein_attention(
             dropout=dropout,
         )
     ]
-    return torch.cat(heads).view(*query.shape[:3], value.shape[-1])
+    output = heads[0] if len(heads) == 1 else torch.cat(heads)
+    return output.view(*query.shape[:3], value.shape[-1])
 
 
 def exact_attention(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .random import gumbel
@@ -18,8 +19,9 @@ def log_value_norm(value: Tensor, center: bool) -> Tensor:
         `[..., n]`; a zero row gives `-inf`.
     """
     if center:
-        value = value - value.mean(-2, keepdim=True)
-    return value.norm(dim=-1).log()
+        mean = value.mean(-2, keepdim=True)
+        return torch.cdist(value, mean, compute_mode="donot_use_mm_for_euclid_dist").squeeze(-1).log_()
+    return value.norm(dim=-1).log_()
 
 
 def top_columns(score: Tensor, count: int) -> Tensor:

@@ -12,7 +12,7 @@ from .routing import Blocks
 
 
 # Scores of pilots against keys that are held at a time, by taking some heads after others.
-SCORES_PER_STEP = 2**19
+SCORES_PER_STEP = 2**21
 
 _SAMPLE = 1024  # queries, at even spacing, that the covariance is taken from
 
@@ -75,7 +75,7 @@ def log_mean_exponential(key: Tensor, covariance: Tensor, scale: float) -> Tenso
     Returns:
         `[h, n]`.
     """
-    return ((key @ (scale**2 / 2 * covariance)) * key).sum(-1)
+    return (key @ (scale**2 / 2 * covariance)).mul_(key).sum(-1)
 
 
 def log_rms_attention(pilots: Tensor, key: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
@@ -97,6 +97,7 @@ def log_rms_attention(pilots: Tensor, key: Tensor, scale: float, bias: Tensor | 
     logits = logits.unflatten(1, pilots.shape[1:3])
     if pilots.shape[2] == 1:
         return logits.squeeze(2)
-    log_probability = logits.sub_(torch.logsumexp(logits, -1, keepdim=True))
+    log_probability = logits.log_softmax(-1)
     top = log_probability.amax(2, keepdim=True)
-    return torch.linalg.vector_norm(log_probability.sub_(top).exp_(), dim=2).log_().add_(top.squeeze(2))
+    total = log_probability.sub_(top).exp_().square_().sum(2)
+    return total.log_().div_(2).add_(top.squeeze(2))

@@ -97,7 +97,7 @@ OVERRIDES["t5gemma"] = {"encoder": _GEMMA, "decoder": {**_GEMMA, "cross_attentio
 # The reason why no layer is sketched.
 POSITION_BIAS = ("t5", "umt5", "mt5", "longt5", "switch_transformers")
 ALL_EXACT = {"t5gemma": "soft-capped", **dict.fromkeys(POSITION_BIAS, "position bias")}
-SKETCH = {"num_columns": 8, "block_size": 8, "min_length": 0}
+SKETCH = {"num_strata": 2, "num_columns": 8, "block_size": 8, "min_length": 0}
 
 
 def discovered() -> list[str]:

@@ -67,9 +67,9 @@ class SkeinConfig:
     """
 
     method: str = "adaptive"
-    num_columns: int = 64
-    block_size: int = 512
-    max_blocks: int = 64
+    num_columns: int = 128
+    block_size: int = 128
+    max_blocks: int = 8
     num_strata: int = 64
     num_pilots: int | None = None
     column_sampling: str = "importance"

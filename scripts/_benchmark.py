@@ -104,7 +104,7 @@ def named_setting(text: str) -> tuple[str, SkeinConfig]:
 def describe(config: SkeinConfig) -> str:
     """A name for a configuration by what matters most to its cost."""
     if config.method == "adaptive":
-        return f"adaptive, block {config.block_size}, {config.num_columns} columns"
+        return f"adaptive, block {config.block_size}, {config.num_strata} strata, {config.num_columns} columns"
     pilots = "" if config.num_pilots is None else f", {config.num_pilots} pilots"
     return f"{config.method}, {config.num_columns} columns{pilots}"
 

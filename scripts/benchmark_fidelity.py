@@ -69,10 +69,10 @@ def make_methods(args: argparse.Namespace) -> dict[str, SkeinConfig]:
     """The configurations to be measured, by name."""
     if args.settings == "none":
         return dict(args.setting)
-    adaptive = SkeinConfig(min_length=0, method="adaptive", block_size=64, num_columns=256)
+    adaptive = SkeinConfig(min_length=0, method="adaptive", block_size=64, max_blocks=256, num_columns=256)
     paper = SkeinConfig(min_length=0, method="skeinformer", num_columns=256)  # and as many pilots
     methods = {"V-Mean": SkeinConfig(min_length=0, method="vmean"), "default": SkeinConfig(min_length=0)}
-    for config in (paper, *(dataclasses.replace(adaptive, block_size=size) for size in (32, 64, 128, 256))):
+    for config in (paper, *(dataclasses.replace(adaptive, block_size=size) for size in (64, 128, 256, 512))):
         for columns in COLUMNS:
             one = dataclasses.replace(config, num_columns=columns)
             methods[describe(one)] = one
@@ -86,8 +86,20 @@ def make_methods(args: argparse.Namespace) -> dict[str, SkeinConfig]:
     }
     for name, fields in variants.items():
         methods[f"{describe(paper)}, {name}"] = dataclasses.replace(paper, **fields)
-    methods[f"{describe(adaptive)}, 4 pilots"] = dataclasses.replace(adaptive, num_pilots=4)
-    methods[f"{describe(adaptive)}, mean residual"] = dataclasses.replace(adaptive, residual="mean")
+    ablations = {
+        "4 pilots": {"num_pilots": 4},
+        "mean residual": {"residual": "mean"},
+        "no residual": {"row_normalization": "simple"},
+        "uniform columns": {"column_sampling": "uniform"},
+        "one block": {"max_blocks": 1},
+        "no exact rows": {"exact_rows": 0},
+        "1 stratum": {"num_strata": 1},
+        **{f"{strata} strata": {"num_strata": strata} for strata in (16, 32, 128)},
+    }
+    for name, fields in ablations.items():
+        methods[f"default, {name}"] = SkeinConfig(min_length=0, **fields)
+    for one in (dataclasses.replace(adaptive, num_strata=1), dataclasses.replace(adaptive, num_columns=192)):
+        methods[describe(one)] = one
     return methods | dict(args.setting)
 
 
@@ -217,7 +229,7 @@ def plot(record: dict[str, Any], output: Path) -> None:
         family, columns = (match[1], int(match[2])) if match else (method, 0)
         families.setdefault(family, {})[columns] = method
     for family, by_columns in families.items():
-        if max(by_columns) == 0 and re.search("columns", family):
+        if max(by_columns) == 0 and re.search("columns|^default, ", family):
             continue  # an ablation, in the table only
         points = sorted((columns, errors[method].get(str(lengths[-1]))) for columns, method in by_columns.items())
         if len(points) > 1:

@@ -68,13 +68,13 @@ def make_methods(args: argparse.Namespace) -> dict[str, SkeinConfig]:
     configs = {
         "default": [
             SkeinConfig(min_length=0),
-            SkeinConfig(min_length=0, block_size=64, num_columns=256),
+            SkeinConfig(min_length=0, block_size=64, max_blocks=256, num_columns=256),
             SkeinConfig(min_length=0, method="skeinformer", num_columns=256, num_pilots=128),
         ],
         "front": [
-            SkeinConfig(min_length=0, block_size=block_size, num_columns=num_columns)
-            for block_size in (32, 64, 128, 256)
-            for num_columns in (64, 128, 256)
+            SkeinConfig(min_length=0, block_size=size, max_blocks=256, num_columns=columns, num_strata=strata)
+            for size in (64, 128, 256, 512, 1024)
+            for columns, strata in ((64, 1), (128, 1), (32, 32), (64, 32), (64, 64), (128, 64), (256, 64))
         ],
         "none": [],
     }[args.settings]
@@ -96,7 +96,8 @@ def layer_inputs(args: argparse.Namespace, length: int) -> dict[int, LayerInputs
 def widen(inputs: LayerInputs, head_dim: int) -> LayerInputs:
     """The same heads in more dimensions, by one random matrix with orthonormal rows.
 
-    All logits and all norms stay, and with them every error; only the cost is that of larger heads.
+    All logits and all norms stay, so the cost is that of larger heads and the error is the same, but for queries that
+    routing parts differently: its directions are found iteratively, from a start that depends on the basis.
     """
     p = inputs.query.shape[-1]
     if head_dim < p:

@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hf_skein import SkeinConfig, attention, skein_attention
+from hf_skein import SkeinConfig, attention, second_order, skein_attention, torch_path
+from hf_skein.sketch import adaptive, skeinformer
 from hf_skein.sketch.baselines import v_mean
 
 
@@ -98,6 +99,26 @@ def recording(function, results):
         return results[-1]
 
     return call
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("variant", [{}, {"block_size": 50}, {"max_blocks": 1}, *VARIANTS[:4]], ids=str)
+def test_work_in_pieces_is_the_reference(variant, kv_heads, monkeypatch, poisoned):
+    """Every loop over heads, blocks, slots and rows takes several steps."""
+    monkeypatch.setattr(attention, "NUMBERS_PER_STEP", 24 * 257)  # one key head at a time
+    monkeypatch.setattr(second_order, "LOGITS_PER_STEP", 24 * 70)  # less than two blocks, part of a large one
+    monkeypatch.setattr(torch_path, "LOGITS_PER_STEP", 16 * 16 * 4)
+    for module in (adaptive, skeinformer):
+        monkeypatch.setattr(module, "SCORES_PER_STEP", 257)
+    query, key, value = inputs(257, batch=1, kv_heads=kv_heads, pv=20, grad=True)
+    probe = torch.randn(1, 4, 257, 20, dtype=torch.float64)
+    results = []
+    for backend in ("reference", "torch"):
+        output = skein_attention(query, key, value, config=SkeinConfig(**{**SMALL, **variant, "backend": backend}))
+        results.append([output, *torch.autograd.grad((output * probe).sum(), (query, key, value))])
+        monkeypatch.setattr(attention, "NUMBERS_PER_STEP", 2 * 24 * 257)
+    for reference, result in zip(*results, strict=True):
+        assert error(result, reference) < TOLERANCE[torch.float64]
 
 
 # --- promise 1: exact when it can be ---

@@ -118,10 +118,10 @@ def test_the_whole_table_and_its_picture(text, tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark_fidelity, "COLUMNS", (16, 32))
     record = run(text, tmp_path / "x", "--lengths", 280, "--layers", 1, "--dtype", "float64")
     error = {method: by["280"] for method, by in record["summary"]["frobenius"].items()}
-    for family in ("skeinformer", "oracle", *(f"adaptive, block {size}" for size in (32, 64, 128, 256))):
+    for family in ("skeinformer", "oracle", *(f"adaptive, block {size}, 64 strata" for size in (64, 128, 256, 512))):
         assert error[f"{family}, 32 columns"] < error[f"{family}, 16 columns"]
-    assert error["adaptive, block 32, 32 columns"] < error["adaptive, block 256, 32 columns"]
-    assert error["default"] < error["V-Mean"] and error["adaptive, block 64, 256 columns, 4 pilots"] < 0.05
+    assert error["adaptive, block 64, 64 strata, 32 columns"] < error["adaptive, block 256, 64 strata, 32 columns"]
+    assert error["default"] < error["default, 32 strata"] < error["default, 1 stratum"] < error["V-Mean"]
     assert (tmp_path / "x.png").stat().st_size > 10_000
 
 

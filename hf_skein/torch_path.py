@@ -72,7 +72,7 @@ def _by_blocks(rows: Rows, query: Tensor, selection: Selection) -> Tensor:
 
 def _virtual_key(geometric: bool):
     def prepare(key: Tensor, value: Tensor, scale: float, dropout: float) -> Rows:
-        key_sum, value_sum = key.sum(1)[:, None], value.sum(1)[:, None]
+        key_sum, value_sum = None if geometric else key.sum(1)[:, None], value.sum(1)[:, None]
 
         def rows(query: Tensor, columns: Tensor) -> Tensor:
             chosen_key, chosen_value = gather_rows(key, columns), gather_rows(value, columns)

@@ -307,6 +307,8 @@ def test_rms_attention_over_several_pilots():
     torch.testing.assert_close(log_rms_attention(pilots, key, 0.5, bias).exp(), biased.square().sum(2).sqrt())
     extreme = log_rms_attention(1e4 * pilots.float(), key.float(), 1.0)
     assert extreme.isfinite().all()
+    logits = torch.einsum("hgrp,hnp->hgrn", 1e4 * pilots.float().double(), key.float().double())
+    torch.testing.assert_close(extreme.double(), logits.log_softmax(-1).mul(2).logsumexp(2) / 2, rtol=1e-4, atol=1)
 
 
 def test_top_columns_and_value_norms():

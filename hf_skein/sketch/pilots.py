@@ -81,7 +81,8 @@ def log_mean_exponential(key: Tensor, covariance: Tensor, scale: float) -> Tenso
 def log_rms_attention(pilots: Tensor, key: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
     """Logarithm of the root sum of squares, over the pilots of a group, of their attention probabilities.
 
-    In logarithms, so that an extreme logit neither overflows nor makes all other columns equal.
+    Where squared probabilities vanish it is computed in logarithms, so that an extreme logit does not make all other
+    columns equal.
 
     Args:
         pilots: `[h, groups, pilots, p]` queries.
@@ -97,7 +98,7 @@ def log_rms_attention(pilots: Tensor, key: Tensor, scale: float, bias: Tensor | 
     logits = logits.unflatten(1, pilots.shape[1:3])
     if pilots.shape[2] == 1:
         return logits.squeeze(2)
-    log_probability = logits.log_softmax(-1)
-    top = log_probability.amax(2, keepdim=True)
-    total = log_probability.sub_(top).exp_().square_().sum(2)
-    return total.log_().div_(2).add_(top.squeeze(2))
+    total = logits.softmax(-1).square_().sum(2)
+    if bool((total >= torch.finfo(total.dtype).tiny).all()):
+        return total.log_().div_(2)
+    return torch.logsumexp(2 * logits.log_softmax(-1), 2) / 2

@@ -169,9 +169,10 @@ def _sketch(
                 k, v = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)
             selection = _SELECT[config.method](q, k, v, scale, config, layer, heads)
             if config.backend == "reference":
-                yield rows.attend(q, k, v, selection, scale, config)
+                output = rows.attend(q, k, v, selection, scale, config)
             else:
-                yield torch_path.attend(q, k, v, selection, scale, config, dropout)
+                output = torch_path.attend(q, k, v, selection, scale, config, dropout)
+        yield output
 
 
 def _take(x: Tensor, index: Tensor | slice | None) -> Tensor:

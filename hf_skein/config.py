@@ -39,9 +39,10 @@ class SkeinConfig:
             of the paper), `"vmean"` (every row is the mean of the values; a baseline) or `"exact"`.
         num_columns: Keys each query attends to exactly; the rest is summarised by the residual. A sequence of at most
             this many keys is computed exactly.
-        block_size: Queries that share their columns (`adaptive` only). Smaller is more accurate and slower.
-        max_blocks: Most blocks per head (`adaptive` only); a sequence longer than `block_size * max_blocks` gets larger
-            blocks, which keeps the cost linear.
+        block_size: Most queries that share their columns (`adaptive` only); the number of blocks is a power of two.
+            Smaller is more accurate and slower.
+        max_blocks: Most blocks per head (`adaptive` only), rounded down to a power of two; a sequence longer than
+            `block_size` times that gets larger blocks, which keeps the cost linear.
         num_strata: Groups of similar keys (second-order residual only); in each, the keys that are not columns are
             summarised by their mean. More is more accurate and slower.
         num_pilots: Query rows that choose the columns. `None` is the method's own: `num_columns` random rows for

@@ -54,8 +54,8 @@ def attend(
 class _SecondOrder(torch.autograd.Function):
     @staticmethod
     def forward(query, key, value, num_strata, scale, dropout, seed, index, filled, slot, columns, stratum):
-        blocks = Blocks(index, filled, slot)
-        sketch = _Sketch(query, key, value, num_strata, scale, dropout, seed, blocks, columns, stratum)
+        routed = Blocks(index, filled, slot)
+        sketch = _Sketch(query, key, value, num_strata, scale, dropout, seed, routed, columns, stratum)
         output = query.new_empty(*query.shape[:2], value.shape[-1])
         for heads, pieces in sketch.pieces():
             by_slot = query.new_empty(*index[heads].shape, value.shape[-1])
@@ -76,16 +76,23 @@ class _SecondOrder(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output):
-        query, key, value, output, *blocks, columns, stratum = ctx.saved_tensors
-        sketch = _Sketch(query, key, value, *ctx.options, Blocks(*blocks), columns, stratum)
-        grad_query, grad_table = torch.empty_like(query), torch.empty_like(sketch.table)
-        for heads, pieces in sketch.pieces():
-            _backward_heads(sketch, heads, pieces, output, grad_output, grad_query, grad_table)
-        grad_key, grad_value = grad_table.split([key.shape[-1], value.shape[-1]], -1)
-        if sketch.centered:
-            grad_mean = grad_output.sum(1, keepdim=True) - grad_value.sum(1, keepdim=True)
-            grad_value = grad_value + grad_mean / value.shape[1]
-        return grad_query, grad_key * sketch.scale, grad_value, *[None] * 9
+        # Entered inside an autocast region it must not compute in lower precision than the forward pass did.
+        with torch.autocast(grad_output.device.type, enabled=False):
+            return *_gradients(ctx, grad_output), *[None] * 9
+
+
+def _gradients(ctx, grad_output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the loss with respect to query, key and value."""
+    query, key, value, output, *blocks, columns, stratum = ctx.saved_tensors
+    sketch = _Sketch(query, key, value, *ctx.options, Blocks(*blocks), columns, stratum)
+    grad_query, grad_table = torch.empty_like(query), torch.empty_like(sketch.table)
+    for heads, pieces in sketch.pieces():
+        _backward_heads(sketch, heads, pieces, output, grad_output, grad_query, grad_table)
+    grad_key, grad_value = grad_table.split([key.shape[-1], value.shape[-1]], -1)
+    if sketch.centered:
+        grad_mean = grad_output.sum(1, keepdim=True) - grad_value.sum(1, keepdim=True)
+        grad_value = grad_value + grad_mean / value.shape[1]
+    return grad_query, grad_key * sketch.scale, grad_value
 
 
 class _Rows(NamedTuple):
@@ -185,7 +192,7 @@ class _Sketch:
         kept = None
         if self.dropout:
             kept = torch.empty_like(weight[..., :d]).bernoulli_(1 - self.dropout, generator=self.generator)
-            kept /= 1 - self.dropout
+            kept /= max(1 - self.dropout, torch.finfo(kept.dtype).tiny)  # all are zero where this is
         return _Rows(query, table, count, members, weight, kept, within, metric, linear, z, u / self.rest, mass)
 
 

@@ -230,6 +230,34 @@ def test_autocast_does_not_lower_the_precision_of_the_sketch(method):
             assert torch.equal(skein_attention(query, key, value, config=config), expected)
 
 
+@pytest.mark.parametrize("method", ["adaptive", "skeinformer"])
+def test_backward_inside_autocast_is_that_outside(method):
+    query, key, value = inputs(300, batch=1, p=40, dtype=torch.float32, grad=True)
+    config = SkeinConfig(**SMALL, method=method)
+    expected = torch.autograd.grad(
+        skein_attention(query, key, value, config=config).square().sum(), (query, key, value)
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        output = skein_attention(query, key, value, config=config)
+        result = torch.autograd.grad(output.square().sum(), (query, key, value))
+    for one, other in zip(result, expected, strict=True):
+        assert error(one, other) < TOLERANCE[torch.float32]
+
+
+def test_everything_may_be_dropped():
+    query, key, value = inputs(100, batch=1)
+    config = SkeinConfig(**SMALL)
+    assert skein_attention(query, key, value, config=config, dropout=1.0)[:, :, 1:].isfinite().all()
+
+
+def test_exact_rows_are_columns_however_columns_are_sampled():
+    query, key, value = (x[0] for x in inputs(200, batch=1))
+    for sampling in ("importance", "uniform"):
+        config = SkeinConfig(**SMALL, exact_rows=3, column_sampling=sampling)
+        columns = adaptive.select(query, key, value, 0.2, config, 0, torch.arange(4)).columns
+        assert all((columns == row).any(-1).all() for row in range(3))
+
+
 def test_a_query_that_is_not_finite_spoils_its_own_row_only():
     for poison in (torch.nan, torch.inf):
         query, key, value = inputs(301, batch=1, p=24, dtype=torch.float32)

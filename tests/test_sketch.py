@@ -290,6 +290,16 @@ def test_pilots_are_means_of_their_block_and_the_spread_about_them():
     assert (single.covariance.diagonal(dim1=1, dim2=2).sum(-1) < 0.2 * spread.diagonal(dim1=1, dim2=2).sum(-1)).all()
 
 
+@pytest.mark.parametrize("pilots", [1, 3, 40, 62, 64])
+def test_no_part_of_a_short_block_is_empty(pilots):
+    """1000 queries make 16 blocks of 62 and 63."""
+    query = torch.randn(1, 1000, 8)
+    blocks = route(query, torch.randn(1, 30, 8), 16)
+    mean = block_pilots(query, blocks, pilots).mean
+    assert mean.shape[2] == min(pilots, 62) and mean.isfinite().all()
+    assert mean.abs().amax() <= query.abs().amax()
+
+
 def test_log_mean_exponential_of_gaussian_queries():
     key, root = torch.randn(1, 5, 3, dtype=torch.float64), torch.randn(3, 3, dtype=torch.float64) / 2
     query = torch.randn(200_000, 3, dtype=torch.float64) @ root.T

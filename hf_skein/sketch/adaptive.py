@@ -41,7 +41,9 @@ def select(
     blocks = route(query, key, num_blocks(n_queries, config.block_size, config.max_blocks))
     if config.column_sampling == "uniform":
         uniforms = uniform(config.seed, layer, heads, COLUMN_STREAM, key.shape[-2], key.device)
-        columns = draw_columns(torch.zeros_like(uniforms), config.num_columns, uniforms)
+        log_probability = torch.zeros_like(uniforms)
+        log_probability[:, : config.exact_rows] = torch.inf  # always taken
+        columns = draw_columns(log_probability, config.num_columns, uniforms)
         columns = columns[:, None].expand(-1, len(blocks.filled), -1)
     else:
         pilots = block_pilots(query, blocks, config.num_pilots or 1)

@@ -51,16 +51,16 @@ def block_pilots(query: Tensor, blocks: Blocks, num_pilots: int) -> Pilots:
         num_pilots: Parts per block; at most the size of the smallest block is used.
     """
     size = blocks.filled.shape[-1]
-    pilots = min(num_pilots, int(blocks.filled.sum(-1).min()))
-    part = torch.arange(size, device=query.device) * pilots // size
-    members = ((part == torch.arange(pilots, device=query.device)[:, None]) & blocks.filled[:, None]).to(query.dtype)
+    lengths = blocks.filled.sum(-1, keepdim=True)
+    pilots = min(num_pilots, int(lengths.min()))
+    part = torch.arange(size, device=query.device) * pilots // lengths  # [blocks, size], that of a spare slot is none
+    members = (part[:, None] == torch.arange(pilots, device=query.device)[:, None]).to(query.dtype)
     count = members.sum(-1, keepdim=True)  # [blocks, pilots, 1]
     mean = (members / count) @ gather_rows(query, blocks.index)
     slot = sample_rows(blocks.slot, _SAMPLE)
-    own = gather_rows(mean.flatten(1, 2), slot // size * pilots + part[slot % size])
-    spread = (sample_rows(query, _SAMPLE) - own).nan_to_num(
-        0, 0, 0
-    )  # a query that is not finite spoils its own block only
+    own = gather_rows(mean.flatten(1, 2), slot // size * pilots + part.flatten()[slot])
+    # A query that is not finite spoils its own block only.
+    spread = (sample_rows(query, _SAMPLE) - own).nan_to_num(0, 0, 0)
     return Pilots(mean, spread.mT @ spread / slot.shape[1])
 
 

@@ -9,7 +9,7 @@ from .gather import flat_index, sample_rows
 
 
 SAMPLE_PER_STRATUM = 8  # keys that the k-means iterations look at, per stratum
-ITERATIONS = 4
+ITERATIONS = 2
 
 
 @torch.no_grad()

@@ -85,7 +85,8 @@ def _gradients(ctx, grad_output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Of the loss with respect to query, key and value."""
     query, key, value, output, *blocks, columns, stratum = ctx.saved_tensors
     sketch = _Sketch(query, key, value, *ctx.options, Blocks(*blocks), columns, stratum)
-    grad_query, grad_table = torch.empty_like(query), torch.empty_like(sketch.table)
+    grad_query = torch.empty_like(query)
+    grad_table = key.new_empty(*key.shape[:2], key.shape[-1] + value.shape[-1])
     for heads, pieces in sketch.pieces():
         _backward_heads(sketch, heads, pieces, output, grad_output, grad_query, grad_table)
     grad_key, grad_value = grad_table.split([key.shape[-1], value.shape[-1]], -1)
@@ -149,12 +150,10 @@ class _Sketch:
         # Rounding is smaller without the mean value; but a column that is dropped loses all of its value.
         self.centered = not dropout
         self.value_mean = value.mean(1, keepdim=True) * self.centered
-        # One gather serves keys and values.
-        self.table = key.new_empty(*key.shape[:2], key.shape[-1] + value.shape[-1])
-        torch.mul(key, scale, out=self.table[..., : key.shape[-1]])
-        torch.sub(value, self.value_mean, out=self.table[..., key.shape[-1] :])
-        self.all_keys = self.table[..., : key.shape[-1]].mT @ self.table
-        self.total, self.size = strata.sums(stratum, num_strata, self.table)
+        self.key, self.value = key, value - self.value_mean if self.centered else value
+        key_total, value_total, self.size = strata.sums(stratum, num_strata, key, self.value)
+        self.total = torch.cat([scale * key_total, value_total], -1)
+        self.all_keys = torch.cat([scale**2 * (key.mT @ key), scale * (key.mT @ self.value)], -1)
         self.labels = torch.arange(num_strata, device=key.device)[:, None]
         self.dropout, self.generator = dropout, None
         if dropout:
@@ -171,7 +170,8 @@ class _Sketch:
     def rows(self, heads: slice, blocks: slice, slots: slice) -> _Rows:
         query = gather_rows(self.query[heads], self.blocks.index[heads, blocks, slots])
         columns = self.columns[heads, blocks]
-        chosen = gather_rows(self.table[heads], columns)
+        chosen = [self.scale * gather_rows(self.key[heads], columns), gather_rows(self.value[heads], columns)]
+        chosen = torch.cat(chosen, -1)
         stratum = self.stratum[heads].gather(1, columns.flatten(1)).view_as(columns)
         members = (stratum[..., None, :] == self.labels).to(query.dtype)
         size = self.size[heads, None] - members.sum(-1, keepdim=True)
@@ -208,10 +208,10 @@ def _backward_heads(
     """Fill the gradients of some heads."""
     index, slot, filled = sketch.blocks.index[heads], sketch.blocks.slot[heads], sketch.blocks.filled
     output, grad_output = output[heads], grad_output[heads]
-    columns, table, rest = sketch.columns[heads], sketch.table[heads], sketch.rest
+    columns, rest = sketch.columns[heads], sketch.rest
     p, d = sketch.query.shape[-1], columns.shape[-1]
     query_by_slot = sketch.query.new_empty(*index.shape, p)
-    grad_chosen = table.new_zeros(*columns.shape, table.shape[-1])
+    grad_chosen = query_by_slot.new_zeros(*columns.shape, grad_table.shape[-1])
     grad_total, grad_all_keys = torch.zeros_like(sketch.total[heads]), torch.zeros_like(sketch.all_keys[heads])
     for blocks, slots in pieces:
         x = sketch.rows(heads, blocks, slots)
@@ -245,9 +245,11 @@ def _backward_heads(
 
     grad_query[heads] = gather_rows(query_by_slot.flatten(1, 2), slot)
     result = gather_rows(grad_total, sketch.stratum[heads])
-    result += table[..., :p] @ grad_all_keys
-    result[..., :p] += table @ grad_all_keys.mT
-    result.flatten(0, 1).index_add_(0, flat_index(columns, table.shape[1]).flatten(), grad_chosen.flatten(0, 2))
+    key, value = sketch.key[heads], sketch.value[heads]
+    of_keys, of_values = grad_all_keys.tensor_split([p], -1)
+    result += key @ (sketch.scale * torch.cat([of_keys + of_keys.mT, of_values], -1))
+    result[..., :p] += value @ of_values.mT
+    result.flatten(0, 1).index_add_(0, flat_index(columns, key.shape[1]).flatten(), grad_chosen.flatten(0, 2))
     grad_table[heads] = result
 
 

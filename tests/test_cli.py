@@ -85,7 +85,16 @@ def test_overwrite_and_options_reach_the_conversion(source, tmp_path):
     (tmp_path / "t").mkdir()
     make_tokenizer().save_pretrained(tmp_path / "t")
     layers = '{"0": {"method": "exact"}}'
-    options = ["--tokenizer", tmp_path / "t", "--dtype", "bfloat16", "--set", f"layers={layers}", "--positions", "interpolate"]
+    options = [
+        "--tokenizer",
+        tmp_path / "t",
+        "--dtype",
+        "bfloat16",
+        "--set",
+        f"layers={layers}",
+        "--positions",
+        "interpolate",
+    ]
     assert invoke("convert", source, tmp_path / "b", "--max-length", NEW).exit_code == 0
     again = invoke("convert", source, tmp_path / "b", "--max-length", 40, *options)
     assert again.exit_code == 1 and "exists" in again.stderr

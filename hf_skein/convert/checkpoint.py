@@ -260,7 +260,9 @@ def _check_family(config: PretrainedConfig) -> None:
         )
 
 
-def _load(folder: Path, dtype: str | None, allow_pickle: bool) -> tuple[PreTrainedModel, list[str]]:
+def _load(
+    folder: Path, dtype: str | None, allow_pickle: bool, attention: str | None = None
+) -> tuple[PreTrainedModel, list[str]]:
     """The model of a folder, and notes."""
     try:
         config = AutoConfig.from_pretrained(folder)
@@ -279,7 +281,12 @@ def _load(folder: Path, dtype: str | None, allow_pickle: bool) -> tuple[PreTrain
     def load(**options: Any) -> tuple[PreTrainedModel, dict]:
         try:
             return model_class.from_pretrained(
-                folder, dtype=dtype or "auto", use_safetensors=has_safetensors, output_loading_info=True, **options
+                folder,
+                dtype=dtype or "auto",
+                use_safetensors=has_safetensors,
+                attn_implementation=attention,
+                output_loading_info=True,
+                **options,
             )
         except (SafetensorError, UnpicklingError, OSError, RuntimeError, EOFError, ValueError) as error:
             raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import hashlib
 import json
@@ -157,11 +158,13 @@ def verify(
     """
     folders = _find(source, None, allow_pickle), _find(destination, None, allow_pickle=False)
     model, _ = _load(folders[1], None, allow_pickle=False)
+    sketched, _ = _load(folders[1], None, allow_pickle=False, attention=NAME)
     # If the conversion rounded the weights, the original is to be rounded likewise.
     original, _ = _load(folders[0], str(model.dtype).removeprefix("torch."), allow_pickle)
-    original, model = original.float().to(device), model.float().to(device)
+    original, model, sketched = (m.float().to(device) for m in (original, model, sketched))
+    models = {"exact attention": model, "skein": sketched}
     if original.config.model_type == "big_bird":
-        original.set_attention_type("original_full")
+        original.base_model.set_attention_type("original_full")
     tokenizer = _get_tokenizer(None, folders[1])
     limit = position_limit(model)
     if lengths is None:
@@ -180,10 +183,10 @@ def verify(
             tokenizer.model_max_length <= limit,
             f"{tokenizer.model_max_length} and {limit} tokens",
         ),
-        *_check_agreement(original, model, tokens, _agreement_length(original, model, folders[1]), skein.exact_length),
+        *_check_agreement(original, models, tokens, _agreement_length(original, folders[1]), skein.exact_length),
     ]
     del original
-    rows = [_measure(model, tokens, length, repeats) for length in sorted(set(lengths))]
+    rows = [_measure(model, sketched, tokens, length, repeats) for length in sorted(set(lengths))]
     finite = all(map(torch.isfinite, torch.tensor([row.relative_error[-1] for row in rows])))
     checks.append(Check("skein's hidden states are finite", finite, f"at {', '.join(str(row.length) for row in rows)}"))
     worst = min(row.document_cosine[-1] for row in rows)
@@ -258,13 +261,14 @@ def _check_class(original: PreTrainedModel, model: PreTrainedModel) -> Check:
     return Check(name, same, f"{type(original).__name__} and {type(model).__name__}")
 
 
-def _agreement_length(original: PreTrainedModel, model: PreTrainedModel, folder: Path) -> int | None:
+def _agreement_length(original: PreTrainedModel, folder: Path) -> int | None:
     """Tokens up to which both must compute the same, or None if they need not."""
     record = folder / CONVERSION
     if record.exists() and json.loads(record.read_text(encoding="utf-8"))["positions"] == "interpolate":
         return None
     if original.config.model_type == "longformer":
-        return min(original.config.attention_window) // 2 + 1
+        reach = min(original.config.attention_window) // 2 + 1
+        return min(reach, original.config.max_position_embeddings - original.config.pad_token_id - 1)
     if original.config.model_type == "big_bird":
         return original.config.max_position_embeddings
     return position_limit(original)
@@ -272,7 +276,7 @@ def _agreement_length(original: PreTrainedModel, model: PreTrainedModel, folder:
 
 def _check_agreement(
     original: PreTrainedModel,
-    model: PreTrainedModel,
+    models: Mapping[str, PreTrainedModel],
     tokens: Callable[[int], list[Tensor]],
     length: int | None,
     exact_length: int,
@@ -280,12 +284,12 @@ def _check_agreement(
     if length is None:
         return [Check("results are the original's", True, "not asked: interpolated positions change all of them")]
     checks = []
-    for attention, longest in (("exact attention", length), ("skein", min(length, exact_length))):
+    for attention, model in models.items():
+        longest = min(length, exact_length) if attention == "skein" else length
         name = f"up to {longest} tokens, {attention} computes what the original does"
         if longest < 8:
             checks.append(Check(name, True, "not asked: so few tokens show nothing"))
             continue
-        _set_attention(model, attention == "skein")
         difference = 0.0
         for n in sorted({8, longest // 2, longest} - set(range(8))):
             for ids in tokens(n)[:2]:
@@ -312,10 +316,6 @@ def _difference(x: Tensor, y: Tensor) -> float:
 # --- skein and exact attention ---
 
 
-def _set_attention(model: PreTrainedModel, skein: bool) -> None:
-    model.set_attn_implementation(NAME if skein else "sdpa" if model._supports_sdpa else "eager")
-
-
 def _forward(model: PreTrainedModel, ids: Tensor, **options: Any) -> Any:
     ids = ids.to(model.device)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -332,28 +332,23 @@ def _hidden_states(output: Any) -> tuple[Tensor, ...]:
     return (output.hidden_states if states is None else states)[1:]
 
 
-def _measure(model: PreTrainedModel, tokens: Callable[[int], list[Tensor]], length: int, repeats: int) -> Row:
+def _measure(
+    exact: PreTrainedModel, skein: PreTrainedModel, tokens: Callable[[int], list[Tensor]], length: int, repeats: int
+) -> Row:
     documents = tokens(length)
-    errors = [_compare(model, ids) for ids in documents]
+    errors = [_compare(exact, skein, ids) for ids in documents]
     relative, token, document = torch.tensor(errors).mean(0).tolist()  # [documents, 3, layers]
-    seconds: dict[bool, list[float]] = {False: [], True: []}
-    mib = {}
-    for repeat in range(repeats):
-        for skein in (False, True):
-            _set_attention(model, skein)
-            took, peak = _cost(model, documents[0], measure_memory=repeat == 0)
-            seconds[skein].append(took)
-            if repeat == 0:
-                mib[skein] = peak
-    medians = {skein: statistics.median(times) for skein, times in seconds.items()}
-    return Row(length, relative, token, document, medians[False], medians[True], mib[False], mib[True])
+    mib = [_cost(model, documents[0], measure_memory=True)[1] for model in (exact, skein)]
+    seconds = [[_cost(model, documents[0])[0] for model in (exact, skein)] for _ in range(repeats)]  # by turns
+    medians = map(statistics.median, zip(*seconds, strict=True))
+    return Row(length, relative, token, document, *medians, *mib)
 
 
-def _compare(model: PreTrainedModel, ids: Tensor) -> tuple[list[float], list[float], list[float]]:
-    states = []
-    for skein in (False, True):
-        _set_attention(model, skein)
-        states.append(_hidden_states(_forward(model, ids, output_hidden_states=True)))
+def _compare(
+    exact: PreTrainedModel, skein: PreTrainedModel, ids: Tensor
+) -> tuple[list[float], list[float], list[float]]:
+    """Relative error, cosine of tokens and of the document, after each layer."""
+    states = (_hidden_states(_forward(model, ids, output_hidden_states=True)) for model in (exact, skein))
     pairs = [(x[0].double(), y[0].double()) for x, y in zip(*states, strict=True)]
     return (
         [((y - x).norm() / x.norm()).item() for x, y in pairs],
@@ -362,7 +357,7 @@ def _compare(model: PreTrainedModel, ids: Tensor) -> tuple[list[float], list[flo
     )
 
 
-def _cost(model: PreTrainedModel, ids: Tensor, measure_memory: bool) -> tuple[float, float | None]:
+def _cost(model: PreTrainedModel, ids: Tensor, measure_memory: bool = False) -> tuple[float, float | None]:
     """Seconds of a forward pass, and MiB at its peak beyond those before."""
     before = _start_of_peak(model.device) if measure_memory else None
     start = time.perf_counter()
@@ -378,6 +373,8 @@ def _start_of_peak(device: torch.device) -> float | None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)  # memory that is freed but kept would be used again without being noticed
     try:
         Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak of resident memory starts anew
     except OSError:

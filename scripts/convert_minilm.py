@@ -25,7 +25,7 @@ PAGE = ROOT / "docs" / "conversion.md"
 EXAMPLE = re.compile(r"(?<=<!-- example -->\n).*?(?=<!-- end of example -->)", re.DOTALL)
 COMMANDS = (
     "hf-skein convert all-MiniLM-L6-v2 minilm-skein-4096 --max-length 4096",
-    "hf-skein verify all-MiniLM-L6-v2 minilm-skein-4096",
+    "hf-skein verify all-MiniLM-L6-v2 minilm-skein-4096 --repeats 9",
 )
 
 

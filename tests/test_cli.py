@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from test_convert_checkpoint import tiny
 from test_convert_positions import NEW, make_tokenizer
-from test_verify import nudge, spoil, word_tokenizer, words  # noqa: F401
+from test_verify import spoil, word_tokenizer, write_words
 from transformers import AutoModelForSequenceClassification
 from typer.testing import CliRunner
 
@@ -26,10 +26,15 @@ def source(tmp_path):
     return tmp_path / "a"
 
 
+@pytest.fixture
+def words(tmp_path):
+    return write_words(tmp_path / "words.txt")
+
+
 SKETCH = ["--set", "num_columns=8", "--set", "num_strata=2", "--set", "block_size=4", "--set", "min_length=8"]
 
 
-def test_convert_and_verify(source, words, tmp_path):  # noqa: F811
+def test_convert_and_verify(source, words, tmp_path):
     destination = tmp_path / "b"
     result = invoke("convert", source, destination, "--max-length", NEW, *SKETCH)
     assert result.exit_code == 0, result.output
@@ -54,7 +59,7 @@ def test_convert_and_verify(source, words, tmp_path):  # noqa: F811
     assert json.loads((tmp_path / "c" / "skein_verify.json").read_text())["passed"] is False
 
 
-def test_verify_without_matplotlib(source, words, tmp_path, monkeypatch):  # noqa: F811
+def test_verify_without_matplotlib(source, words, tmp_path, monkeypatch):
     invoke("convert", source, tmp_path / "b", "--max-length", NEW, *SKETCH)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     result = invoke("verify", source, tmp_path / "b", "--text", words, "--repeats", 1, "--min-cosine", -1)

@@ -3,6 +3,7 @@
 import json
 import random
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -37,11 +38,15 @@ def word_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="[UNK]", pad_token="[PAD]", model_max_length=OLD)
 
 
-@pytest.fixture
-def words(tmp_path):
-    path = tmp_path / "words.txt"
+def write_words(path):
+    """200 random words, each of them one token."""
     path.write_text(" ".join(random.Random(0).choices(WORDS, k=200)))
     return path
+
+
+@pytest.fixture
+def words(tmp_path):
+    return write_words(tmp_path / "words.txt")
 
 
 def convert(model, tmp_path, max_length=NEW, settings=SKETCH, **options):
@@ -68,7 +73,9 @@ def cases():
     yield from (("BigBird", AutoModelForMaskedLM, {}), ("Longformer", AutoModelForSequenceClassification, {}))
 
 
-@pytest.mark.parametrize(("family", "head", "options"), list(cases()), ids=lambda x: getattr(x, "__name__", str(x)[:12]))
+@pytest.mark.parametrize(
+    ("family", "head", "options"), list(cases()), ids=lambda x: getattr(x, "__name__", str(x)[:12])
+)
 def test_a_right_conversion_passes(family, head, options, words, tmp_path):
     model = longformer(head) if family == "Longformer" else tiny(family, head, **options)
     found = run(convert(model, tmp_path), words)
@@ -215,3 +222,11 @@ def test_default_lengths_grow_to_the_limit(words, tmp_path):
     found = run(convert(tiny("Bert"), tmp_path, 2500, settings={"num_columns": 64}), words, documents=1)
     assert [row.length for row in found.rows] == [1024, 2048, 2500]
     assert hf_skein.SkeinConfig.from_dict(found.skein).num_columns == 64
+
+
+def test_the_page_shows_the_record():
+    root = Path(__file__).parents[1]
+    record = json.loads((root / "benchmarks" / "results" / "conversion_minilm.json").read_text())
+    found = verify.Verification.from_dict(record)
+    assert found.passed == record["passed"]
+    assert verify.table(found) in (root / "docs" / "conversion.md").read_text()

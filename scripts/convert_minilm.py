@@ -51,7 +51,10 @@ def main() -> None:
         made = Path(folder) / "minilm-skein-4096"
         found = verify.load(made)
         shutil.copy(made / verify.PLOT, RECORD.with_suffix(".png"))
-    write_json(RECORD, {**made_by, **found.to_dict()})
+    record = found.to_dict()
+    for name in ("versions", "hardware"):
+        record[name] = {**made_by[name], **record[name]}
+    write_json(RECORD, {"commit": made_by["commit"], **record})
     PAGE.write_text(EXAMPLE.sub(lambda _: f"```\n{example}```\n", PAGE.read_text(encoding="utf-8")), encoding="utf-8")
     print(example)
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 
+import huggingface_hub
 import pytest
 import torch
 import transformers
@@ -242,6 +243,20 @@ def test_a_loaded_model_is_left_as_it_is(tmp_path):
     with pytest.raises(ValueError, match="give its tokenizer"):
         convert_checkpoint(source, tmp_path / "c", NEW)
     assert not (tmp_path / "c").exists()
+
+
+def test_a_name_on_the_hub(tmp_path, monkeypatch):
+    """Found in the cache of downloads, as without a network."""
+    commit, cached = "0123456789abcdef" * 2 + "01234567", tmp_path / "cache" / "models--me--tiny"
+    source = tiny("Roberta")
+    save(source, cached / "snapshots" / commit)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    done = convert_checkpoint("me/tiny", tmp_path / "b", NEW, settings=SKETCH)
+    check(source, tmp_path / "b", AutoModel)
+    assert (done.source, done.commit) == ("me/tiny", commit)
+    refused(OSError, "me/tiny is no folder here, .* at revision v2", "me/tiny", tmp_path / "d", revision="v2")
 
 
 def test_keep_changes_the_attention_only(tmp_path):

@@ -11,8 +11,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_url
 from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
 from .config import SkeinConfig
 
@@ -107,7 +108,6 @@ def render(facts: Facts) -> ModelCard:
         settings=_shown_settings(facts.settings),
         exact_length=facts.settings.exact_length,
         num_columns=facts.settings.num_columns,
-        use=(task or "the task of its head").replace("-", " "),
         is_trained=facts.is_trained,
         limits=facts.limits,
         tables=facts.tables,
@@ -230,10 +230,18 @@ def _carried_over(base_model: str | None, token: str | bool | None) -> dict[str,
     if base_model is None:
         return {}
     try:
-        data = ModelCard.load(base_model, token=token, ignore_metadata_errors=True).data
+        text = read_remote(base_model, "README.md", token=token)
     except (EntryNotFoundError, RepositoryNotFoundError):  # a model without a card, or one that is not on the Hub
         return {}
+    data = ModelCard(text, ignore_metadata_errors=True).data
     return {name: data.get(name) for name in _CARRIED_OVER if data.get(name) is not None}
+
+
+def read_remote(repo_id: str, path: str, *, revision: str = "main", token: str | bool | None = None) -> str:
+    """The text of a file on the Hub, past the cache."""
+    response = get_session().get(hf_hub_url(repo_id, path, revision=revision), headers=build_hf_headers(token=token))
+    hf_raise_for_status(response)
+    return response.content.decode("utf-8")
 
 
 def _recorded_base(training: dict[str, Any]) -> str | None:

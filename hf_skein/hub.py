@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo, hf_hub_url
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, ModelInfo
 from huggingface_hub.errors import HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError
-from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 from safetensors import SafetensorError, safe_open
 
-from .card import TRAINING_RECORD, HubError, is_untouched, make_card, read_config
+from .card import TRAINING_RECORD, HubError, is_untouched, make_card, read_config, read_remote
 
 
 __all__ = ["HubError", "Pushed", "Selection", "make_card", "push", "select_files"]
@@ -38,7 +37,7 @@ _UPLOADED = re.compile(
 _WEIGHTS = re.compile(r"(model|pytorch_model|tf_model|flax_model)[\w.-]*\.(safetensors|bin|h5|msgpack)(\.index\.json)?")
 _TOKEN = re.compile(rb"\b(hf|api_org)_[A-Za-z0-9]{30,}\b")
 
-_WAITS = (1.0, 4.0)  # seconds before another attempt
+_WAITS = (1.0, 3.0)  # seconds before another attempt
 _LONGEST_WAIT = 300.0  # seconds, if the Hub asks for it
 _CHANGED = frozenset({409, 412})  # somebody else is changing the repository, or has
 _PASSING = frozenset({429, 500, 502, 503, 504})
@@ -187,6 +186,7 @@ def push(
         user = _patiently(api.whoami, report)
         repo_id = repo_id if "/" in repo_id else f"{user['name']}/{repo_id}"
         card = _local_card(folder, repo_id, base_model, license, token, report)
+        _patiently(lambda: _validate(card), report)
         _patiently(lambda: _open(api, repo_id, private, revision, create_pr, state), report)
         attempt = _Attempt(api, repo_id, folder, selection.uploaded, card, revision, create_pr, state)
         # Another attempt sends only what is missing, but it would open a second pull request.
@@ -236,6 +236,17 @@ def _local_card(
     return str(card)
 
 
+def _validate(card: str) -> None:
+    """Has the Hub check the metadata of a card."""
+    try:
+        ModelCard(card).validate()
+    except ValueError as error:
+        raise HubError(
+            f"The Hub does not accept the metadata of the card: {error}. Nothing was uploaded. Give another base_model "
+            "or license, or mend README.md."
+        ) from error
+
+
 def _open(api: HfApi, repo_id: str, private: bool, revision: str | None, create_pr: bool, state: _State) -> None:
     """Sees to it that the repository and the branch are there."""
     try:
@@ -245,9 +256,13 @@ def _open(api: HfApi, repo_id: str, private: bool, revision: str | None, create_
             raise HubError(
                 f"There is no model {repo_id} to open a pull request for. Push without --create-pr."
             ) from None
-        state.text, state.is_new = f"The repository {repo_id} may have been created; it is empty.", True
-        api.create_repo(repo_id, private=private or None)
-        state.text = f"The repository {repo_id} was created; it is empty."
+        try:
+            api.create_repo(repo_id, private=private or None)
+        except HTTPError as error:
+            if _is_unsure(error):
+                state.text, state.is_new = f"The repository {repo_id} may have been created; it is empty.", True
+            raise
+        state.text, state.is_new = f"The repository {repo_id} was created; it is empty.", True
     else:
         if private and not info.private and not state.is_new:
             raise HubError(
@@ -304,7 +319,7 @@ class _Attempt:
                 parent_commit=info.sha,
             )
         except HTTPError as error:
-            if _status(error) is None or _status(error) >= 500:
+            if _is_unsure(error):
                 page = "discussions" if self.create_pr else f"commits/{self.revision or 'main'}"
                 place = f"{self.api.endpoint}/{self.repo_id}/{page}"
                 self.state.text = (
@@ -319,7 +334,7 @@ class _Attempt:
         """Raises if the repository holds another model."""
         ours, theirs = read_config(self.folder), {}
         if "config.json" in present:
-            theirs = json.loads(self.read(info, "config.json"))
+            theirs = json.loads(self.read("config.json", info))
         elif not any(_WEIGHTS.fullmatch(path) for path in present):
             return
         differing = [name for name in ("model_type", "architectures") if theirs.get(name) != ours.get(name)]
@@ -337,14 +352,11 @@ class _Attempt:
         """Whether there is a card that is neither ours nor the one to be uploaded."""
         if CARD not in present:
             return False
-        text = self.read(info, CARD)
+        text = self.read(CARD, info)
         return text != self.card and not is_untouched(text)
 
-    def read(self, info: ModelInfo, path: str) -> str:
-        url = hf_hub_url(self.repo_id, path, revision=info.sha, endpoint=self.api.endpoint)
-        response = get_session().get(url, headers=build_hf_headers(token=self.api.token))
-        hf_raise_for_status(response)
-        return response.content.decode("utf-8")
+    def read(self, path: str, info: ModelInfo) -> str:
+        return read_remote(self.repo_id, path, revision=info.sha, token=self.api.token)
 
 
 # --- when something goes wrong ---
@@ -383,6 +395,12 @@ def _status(error: BaseException) -> int | None:
     return getattr(getattr(error, "response", None), "status_code", None)
 
 
+def _is_unsure(error: BaseException) -> bool:
+    """Whether the Hub may have done what it was asked for."""
+    status = _status(error)
+    return status is None or status >= 500
+
+
 def _retry_after(error: BaseException) -> float:
     """Seconds that the Hub asks to wait for, 0 if it does not."""
     response = getattr(error, "response", None)
@@ -416,8 +434,8 @@ def _reason(error: BaseException, api: HfApi, repo_id: str) -> str:
         )
     if isinstance(error, OfflineModeIsEnabled):
         return "The offline mode is on. Unset HF_HUB_OFFLINE (and TRANSFORMERS_OFFLINE) to push."
-    said = getattr(error, "server_message", None) or str(error).strip().split("\n")[0]
     status = _status(error)
+    said = getattr(error, "server_message", None) or " ".join(str(error).split())
     if status is None and isinstance(error, HTTPError):
         return f"The connection to {api.endpoint} failed ({error}). Check the network, the proxy and HF_ENDPOINT."
     if status == 413 or "too large" in said.lower():

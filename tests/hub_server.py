@@ -142,10 +142,12 @@ class Hub:
         self.parts: dict[tuple[str, int], bytes] = {}
         self.log: list[str] = []
         self.faults: list[Fault] = []
+        self.actions: list[tuple[str, Callable[[], None]]] = []
         self.lock = threading.Lock()
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_port}"
+        self.storage_url = f"http://localhost:{self.server.server_port}"  # downloads come from another host
 
     def fail(
         self,
@@ -168,6 +170,10 @@ class Hub:
         """
         names = {name.replace("_", "-"): value for name, value in headers.items()}
         self.faults.append(Fault(pattern, status, times, names, message, after))
+
+    def before(self, pattern: str, action: Callable[[], None]) -> None:
+        """Runs `action` once, before the next request that the regular expression is found in."""
+        self.actions.append((pattern, action))
 
     def create(self, repo_id: str, files: dict[str, str] | None = None, private: bool = False) -> Repo:
         """A repository with some small files, past the API."""
@@ -214,6 +220,9 @@ class _Handler(BaseHTTPRequestHandler):
         line = f"{self.command} {unquote(address.path)}"
         with self.hub.lock:
             self.hub.log.append(line)
+            for pattern, action in [entry for entry in self.hub.actions if re.search(entry[0], line)]:
+                self.hub.actions.remove((pattern, action))
+                action()
             fault = next((f for f in self.hub.faults if f.times and re.search(f.pattern, line)), None)
             if fault is not None:
                 fault.times -= 1
@@ -278,15 +287,17 @@ class _Handler(BaseHTTPRequestHandler):
             raise refuse(401, "Invalid credentials in Authorization header")
         return TOKENS[token]
 
-    def find(self, repo: str, *, write: bool = False) -> Repo:
+    def find(self, repo: str, *, write: bool = False, propose: bool = False) -> Repo:
+        """The repository, if who asks may read it, write to it, or propose changes to it."""
         user = self.user()
         found = self.hub.repos.get(repo)
         owner = repo.split("/")[0]
         if found is None or (found.private and (user is None or user[0] != owner)):
             raise refuse(401 if user is None else 404, "Repository not found", "RepoNotFound")
-        if write and user is None:
+        propose = propose or "create_pr" in self.query
+        if (write or propose) and user is None:
             raise refuse(401, "Invalid username or password.")
-        if write and (user[1] != "write" or (user[0] != owner and "create_pr" not in self.query)):
+        if (write or propose) and (user[1] != "write" or (user[0] != owner and not propose)):
             raise refuse(403, "You don't have the required permissions to write to this repo")
         return found
 
@@ -406,7 +417,7 @@ class _Handler(BaseHTTPRequestHandler):
         raise refuse(404, "This server has no Xet storage; set HF_HUB_DISABLE_XET=1")
 
     def lfs_batch(self, repo: str) -> None:
-        self.find(repo, write=True)
+        self.find(repo, propose=True)
         objects = []
         for wanted in json.loads(self.body)["objects"]:
             oid, size = wanted["oid"], wanted["size"]
@@ -492,7 +503,7 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {"X-Repo-Commit": sha, "ETag": f'"{file.etag}"', "Content-Type": "application/octet-stream"}
         if file.is_lfs:
             headers |= {"X-Linked-Etag": f'"{file.etag}"', "X-Linked-Size": str(len(file.data))}
-            raise Answer(302, b"", headers | {"Location": f"{self.hub.url}/storage/{file.sha256}"})
+            raise Answer(302, b"", headers | {"Location": f"{self.hub.storage_url}/storage/{file.sha256}"})
         raise Answer(body=file.data, headers=headers)
 
     def get_object(self, oid: str) -> None:

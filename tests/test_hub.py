@@ -22,6 +22,7 @@ from hf_skein.card import is_untouched
 
 
 ROOT = Path(__file__).parents[1]
+CARDS = ROOT / "model_cards"
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *map(str, range(40))]
 MODEL_FILES = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 BASE_CARD = "---\nlicense: bsd-3-clause\nlanguage: en\ntags: [old]\n---\n# The base model\n"
@@ -517,6 +518,15 @@ def test_a_server_without_xet_says_so(hub, push):
 
 
 # --- packaging ---
+
+
+def test_the_cards_are_what_the_records_say(tmp_path):
+    command = [sys.executable, ROOT / "scripts/make_model_cards.py", "--output-dir", tmp_path]
+    subprocess.run(command, check=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    made, there = ({path.name: path.read_text() for path in folder.glob("*.md")} for folder in (tmp_path, CARDS))
+    assert made and made == there
+    for card in map(ModelCard, made.values()):
+        assert card.data.license == "apache-2.0" and card.data.base_model.startswith("sentence-transformers/")
 
 
 def test_a_wheel_holds_the_template(tmp_path):

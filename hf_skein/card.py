@@ -165,9 +165,8 @@ def make_card(
     """
     folder = Path(folder)
     config = read_config(folder)
-    training = _read_json(folder / TRAINING_RECORD)
-    task = None
-    library = "transformers"
+    training = _read_training(folder)
+    task, library = _TASKS.get(config["architectures"][0].partition("For")[2]), "transformers"
     if (folder / "modules.json").exists():
         task, library = "sentence-similarity", "sentence-transformers"
     base_model = base_model or _recorded_base(training)
@@ -179,7 +178,7 @@ def make_card(
         carried_over={"license": license} if license else _carried_over(base_model, token),
         max_length=_max_length(folder),
         tables=_training_tables(training),
-        results=_training_results(training),
+        results=_training_results(training, task),
         is_trained=training.get("settings", {}).get("attn") == "skein",
         library=library,
         task=task,
@@ -193,7 +192,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         HubError: There is none, or it is another model's.
     """
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     if not config:
         raise HubError(
             f"{folder} has no config.json: it is not the folder of a model. Give what `hf-skein convert` made."
@@ -207,7 +206,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """A JSON object, empty if the file is not there."""
     if not path.exists():
         return {}
@@ -221,7 +220,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _max_length(folder: Path) -> int | None:
-    length = _read_json(folder / "tokenizer_config.json").get("model_max_length")
+    length = read_json(folder / "tokenizer_config.json").get("model_max_length")
     return length if isinstance(length, int) and length < 10**9 else None  # beyond: Transformers' word for "not set"
 
 
@@ -242,6 +241,18 @@ def read_remote(repo_id: str, path: str, *, revision: str = "main", token: str |
     response = get_session().get(hf_hub_url(repo_id, path, revision=revision), headers=build_hf_headers(token=token))
     hf_raise_for_status(response)
     return response.content.decode("utf-8")
+
+
+def _read_training(folder: Path) -> dict[str, Any]:
+    """The record of the fine-tuning scripts, empty if there is none."""
+    record = read_json(folder / TRAINING_RECORD)
+    missing = [name for name in ("settings", "versions", "hardware") if record and name not in record]
+    if missing:
+        raise HubError(
+            f"{folder / TRAINING_RECORD} is no record of hf-skein's fine-tuning scripts: it lacks "
+            f"{', '.join(missing)}. Rename it or move it elsewhere."
+        )
+    return record
 
 
 def _recorded_base(training: dict[str, Any]) -> str | None:
@@ -269,13 +280,13 @@ def _training_tables(record: dict[str, Any]) -> list[Table]:
     return [Table("Training", text, ["", ""], rows)]
 
 
-def _training_results(record: dict[str, Any]) -> list[EvalResult]:
-    if not record:
+def _training_results(record: dict[str, Any], task: str | None) -> list[EvalResult]:
+    dataset = record.get("settings", {}).get("dataset")
+    if dataset is None or task is None:
         return []
-    dataset = record["settings"]["dataset"]
     return [
         EvalResult(
-            task_type="text-classification",
+            task_type=task,
             dataset_type=dataset,
             dataset_name=dataset,
             dataset_split="test",

@@ -11,11 +11,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, ModelInfo
-from huggingface_hub.errors import HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo
+from huggingface_hub.errors import (
+    BadRequestError,
+    HTTPError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
+from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 from safetensors import SafetensorError, safe_open
 
-from .card import TRAINING_RECORD, HubError, is_untouched, make_card, read_config, read_remote
+from . import __version__
+from .card import TRAINING_RECORD, HubError, is_untouched, make_card, read_config, read_json, read_remote
 
 
 __all__ = ["HubError", "Pushed", "Selection", "make_card", "push", "select_files"]
@@ -28,7 +36,7 @@ _UPLOADED = re.compile(
     r"config\.json|generation_config\.json"
     r"|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json"
     r"|tokenizer(_config)?\.json|special_tokens_map\.json|added_tokens\.json|chat_template\.jinja"
-    r"|vocab\.(txt|json)|merges\.txt|dict\.txt|bpe\.codes|[\w-]+(\.bpe)?\.model"
+    r"|vocab\.(txt|json)|merges\.txt|dict\.txt|bpe\.codes|(spiece|tokenizer|sentencepiece(\.bpe)?)\.model"
     rf"|{CARD}|LICENSE[\w.-]*|NOTICE[\w.-]*|{re.escape(TRAINING_RECORD)}"
     r"|modules\.json|sentence_bert_config\.json|config_sentence_transformers\.json"
     r"|\d+_\w+/(config\.json|model\.safetensors)"
@@ -110,7 +118,10 @@ def select_files(folder: str | Path) -> Selection:
 def _check_weights(folder: Path, present: list[str]) -> None:
     needed = ["model.safetensors"]
     if (folder / INDEX).exists():
-        needed = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+        shards = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(shards, dict):
+            raise HubError(f"{folder / INDEX} has no `weight_map`, so it lists no weights. Convert the model again.")
+        needed = sorted(set(shards.values()))
     missing = [path for path in needed if path not in present]
     if missing:
         raise HubError(
@@ -178,15 +189,13 @@ def push(
             f"A pull request is against the main branch; got a revision ({revision}) too. Give one of the two. An open "
             "pull request is continued with revision='refs/pr/N' alone."
         )
-    from hf_skein import __version__
-
     api = HfApi(token=token, library_name="hf-skein", library_version=__version__)
     state = _State("Nothing was uploaded.")
     with _explained(api, repo_id, state, report):
         user = _patiently(api.whoami, report)
         repo_id = repo_id if "/" in repo_id else f"{user['name']}/{repo_id}"
         card = _local_card(folder, repo_id, base_model, license, token, report)
-        _patiently(lambda: _validate(card), report)
+        _patiently(lambda: _validate(api, card), report)
         _patiently(lambda: _open(api, repo_id, private, revision, create_pr, state), report)
         attempt = _Attempt(api, repo_id, folder, selection.uploaded, card, revision, create_pr, state)
         # Another attempt sends only what is missing, but it would open a second pull request.
@@ -236,13 +245,19 @@ def _local_card(
     return str(card)
 
 
-def _validate(card: str) -> None:
+def _validate(api: HfApi, card: str) -> None:
     """Has the Hub check the metadata of a card."""
+    # ModelCard.validate does the same, but always at huggingface.co in older releases.
+    body = {"content": card, "repoType": "model"}
+    response = get_session().post(
+        f"{api.endpoint}/api/validate-yaml", json=body, headers=build_hf_headers(token=api.token)
+    )
     try:
-        ModelCard(card).validate()
-    except ValueError as error:
+        hf_raise_for_status(response)
+    except BadRequestError as error:
+        said = "; ".join(entry["message"] for entry in response.json()["errors"])
         raise HubError(
-            f"The Hub does not accept the metadata of the card: {error}. Nothing was uploaded. Give another base_model "
+            f"The Hub does not accept the metadata of the card: {said}. Nothing was uploaded. Give another base_model "
             "or license, or mend README.md."
         ) from error
 

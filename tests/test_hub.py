@@ -121,7 +121,7 @@ def test_a_fresh_process_loads_what_was_pushed_as_its_card_says(hub, push, run, 
     ids = torch.randint(5, len(WORDS), (2, 60))
     torch.save(ids, tmp_path / "ids.pt")
     blocks = re.findall(r"```python\n(.*?)```", files(hub)["README.md"].decode(), re.DOTALL)
-    assert [len(block.splitlines()) for block in blocks] == [2, 2]
+    assert [len(block.split("\n\n")) for block in blocks] == [2, 2]
     status, text = run("-c", LOAD.format(blocks[0] if is_skein else blocks[1], is_skein))
     assert status == 0, text
 
@@ -214,6 +214,7 @@ def _without_a_shard(folder):
         (lambda folder: (folder / "config.json").write_text("{"), "cannot be read as JSON"),
         (_without_skein, "has no `skein`.*hf_skein.configure"),
         (lambda folder: (folder / "model.safetensors").unlink(), "lacks the weights model.safetensors"),
+        (lambda folder: (folder / "model.safetensors.index.json").write_text("{}"), "has no `weight_map`"),
         (_without_a_shard, "lacks the weights model-00002-of-00002.safetensors"),
         (_truncated, "model.safetensors is damaged or incomplete"),
     ],
@@ -369,10 +370,13 @@ def test_the_training_record_is_in_the_card(folder):
     record = json.loads((ROOT / "benchmarks/results/movie_reviews_skein.json").read_text())
     record["settings"]["model"] = "google/bert"
     (folder / "record.json").write_text(json.dumps(record))
+    config = json.loads((folder / "config.json").read_text()) | {"architectures": ["BertForSequenceClassification"]}
+    (folder / "config.json").write_text(json.dumps(config))
     card = hub_module.make_card(folder, "me/x", license="mit")
     assert card.data.base_model == "google/bert"
     results = {result.metric_type: result.metric_value for result in card.data.eval_results}
     assert results == {"accuracy": record["test"]["accuracy"], "f1": record["test"]["macro_f1"]}
+    assert {result.task_type for result in card.data.eval_results} == {"text-classification"}
     assert {result.dataset_name for result in card.data.eval_results} == {"movie_reviews.zip"}
     assert "160 documents, 868.1 tokens on average" in card.text and "was trained with skein" in card.text
     assert ModelCard(str(card)).data.to_dict() == card.data.to_dict()
@@ -412,6 +416,17 @@ def test_the_name_is_somebody_elses_secret(hub, push):
     hub.create("you/x", private=True)
     status, text = push(repo="you/x")
     assert status == 1 and "may not write to you/x" in text
+
+
+def test_a_name_that_cannot_be(push):
+    status, text = push(repo="me/x/y")
+    assert status == 1 and "Repo id must be" in text and "Nothing was uploaded." in text
+
+
+def test_a_record_that_is_not_ours(folder):
+    (folder / "record.json").write_text('{"settings": {}}')
+    with pytest.raises(hub_module.HubError, match=r"lacks versions, hardware"):
+        hub_module.make_card(folder, "me/x", license="mit")
 
 
 def test_a_conflict_over_the_name(hub, push):

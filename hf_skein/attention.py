@@ -31,6 +31,7 @@ def skein_attention(
     config: SkeinConfig | None = None,
     *,
     query_mask: Tensor | None = None,
+    global_mask: Tensor | None = None,
     layer: int = 0,
     dropout: float = 0.0,
 ) -> Tensor:
@@ -49,6 +50,8 @@ def skein_attention(
         config: The settings; default `SkeinConfig()`.
         query_mask: `[batch, n_q]` like `attention_mask`, for the queries. Default: `attention_mask` if `n_q == n_k`
             (self-attention), else every query is valid. Pass it for cross-attention of equal lengths.
+        global_mask: `[batch, n]`, bool or 0/1, of self-attention: a token marked here attends to everything exactly and
+            is a column of every query, on top of `num_columns`. Marks in the padding count for nothing.
         layer: Index of the layer: per-layer overrides, and the key of the random numbers.
         dropout: Probability of dropping an attention weight; pass 0 outside training.
 
@@ -60,6 +63,7 @@ def skein_attention(
     """
     config = (config or SkeinConfig()).for_layer(layer)
     _check_shapes(query, key, value)
+    global_mask = _global_mask(global_mask, query, key, query_mask, config)
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
     n_q, n_k = query.shape[2], key.shape[2]
@@ -83,6 +87,7 @@ def skein_attention(
             v,
             _valid(mask, i),
             _valid(query_mask, i),
+            None if global_mask is None else global_mask[i],
             scaling=scaling,
             config=config,
             layer=layer,
@@ -127,6 +132,7 @@ def _one_sequence(
     value: Tensor,
     valid: Tensor | None,
     valid_query: Tensor | None,
+    is_global: Tensor | None,
     *,
     scaling: float,
     config: SkeinConfig,
@@ -136,20 +142,28 @@ def _one_sequence(
     """The output of one sequence, some heads `[h, n_q, pv]` after others; its padding is taken out and put back."""
     n_q = query.shape[1]
     query, key, value = _take(query, valid_query), _take(key, valid), _take(value, valid)
+    marked = None if is_global is None else _take(is_global[None], valid)[0].nonzero().squeeze(-1)
     if query.shape[1] == 0 or key.shape[1] == 0:
         outputs = [query.new_zeros(*query.shape[:2], value.shape[-1])]
-    elif key.shape[1] <= config.exact_length:
+    elif key.shape[1] <= max(config.exact_length, config.num_columns + (0 if marked is None else len(marked))):
         outputs = exact_attention(query[None], key[None], value[None], None, scaling, dropout)
     elif config.method == "vmean":
         outputs = [v_mean(query, value.repeat_interleave(len(query) // len(value), 0))]
     else:
-        outputs = _sketch(query, key, value, scaling, config, layer, dropout)
+        outputs = _sketch(query, key, value, marked, scaling, config, layer, dropout)
     for output in outputs:
         yield _put_back(output.to(query.dtype), valid_query, n_q)
 
 
 def _sketch(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, config: SkeinConfig, layer: int, dropout: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    marked: Tensor | None,
+    scale: float,
+    config: SkeinConfig,
+    layer: int,
+    dropout: float,
 ) -> Iterator[Tensor]:
     """`[heads, n_q, p]`, `[kv_heads, n_k, p]`, `[kv_heads, n_k, pv]` of one sequence to some heads `[h, n_q, pv]`."""
     if config.backend == "reference" and dropout:
@@ -167,7 +181,7 @@ def _sketch(
             k = k - k.mean(-2, keepdim=True)
             if group > 1:
                 k, v = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)
-            selection = _SELECT[config.method](q, k, v, scale, config, layer, heads)
+            selection = _SELECT[config.method](q, k, v, scale, config, layer, heads, marked)
             if config.backend == "reference":
                 output = rows.attend(q, k, v, selection, scale, config)
             else:
@@ -196,6 +210,29 @@ def _valid(mask: Tensor | None, row: int) -> Tensor | slice | None:
         return None
     is_prefix = len(index) == 0 or int(index[-1]) == len(index) - 1
     return slice(0, len(index)) if is_prefix else index
+
+
+def _global_mask(
+    mask: Tensor | None, query: Tensor, key: Tensor, query_mask: Tensor | None, config: SkeinConfig
+) -> Tensor | None:
+    """`mask` as `[batch, n]` bool; None if it marks nothing."""
+    if mask is None:
+        return None
+    batch, n = query.shape[0], query.shape[2]
+    if n != key.shape[2] or query_mask is not None:
+        raise ValueError(
+            "global_mask marks tokens of self-attention, which are queries and keys alike; got "
+            f"{n} queries, {key.shape[2]} keys and {'no' if query_mask is None else 'a'} query_mask."
+        )
+    if mask.shape not in ((batch, n), (1, n)) or not bool(((mask == 0) | (mask == 1)).all()):
+        raise ValueError(
+            f"global_mask must hold 0 and 1 in [batch, n] = [{batch}, {n}], 1 for global tokens; got "
+            f"{tuple(mask.shape)} with values from {mask.min().item()} to {mask.max().item()}."
+        )
+    if config.method == "vmean":
+        raise ValueError('method="vmean" knows no global tokens; use another method, or no global_mask.')
+    mask = mask.bool().expand(batch, n)
+    return mask if bool(mask.any()) else None
 
 
 def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:

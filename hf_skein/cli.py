@@ -2,20 +2,75 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 
-app = typer.Typer(help="Pretrained encoders to long documents with skein attention.", no_args_is_help=True)
+app = typer.Typer(
+    help="Pretrained encoders to long documents with skein attention.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 
 
 @app.callback()
-def _commands() -> None:
-    """Without a callback, typer would make an only command the whole program."""
+def _prepare() -> None:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="Name on the Hub, or a folder.")],
+    destination: Annotated[Path, typer.Argument(help="Folder to write.")],
+    max_length: Annotated[
+        int | None, typer.Option(help="Tokens of the longest document; default: what the source takes.")
+    ] = None,
+    positions: Annotated[
+        str | None, typer.Option(help="tile, interpolate or keep; default: tile, or rotary angles as they are.")
+    ] = None,
+    setting: Annotated[
+        list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="A field of SkeinConfig; repeatable.")
+    ] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="Another tokenizer than the source's: name or folder.")] = None,
+    no_tokenizer: Annotated[bool, typer.Option("--no-tokenizer", help="Go without a tokenizer.")] = False,
+    dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16; default: the source's.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
+    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Read pytorch_model.bin if need be.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the destination, at the end.")] = False,
+) -> None:
+    """Write an encoder that reads long documents with skein attention: same class, same weights."""
+    from .convert import convert_checkpoint
+
+    if tokenizer is not None and no_tokenizer:
+        _fail("--tokenizer and --no-tokenizer exclude each other.")
+    try:
+        done = convert_checkpoint(
+            source,
+            destination,
+            max_length,
+            positions=positions,
+            settings=_settings(setting or []),
+            tokenizer=False if no_tokenizer else tokenizer,
+            dtype=dtype,
+            revision=revision,
+            allow_pickle=allow_pickle,
+            overwrite=overwrite,
+        )
+    except (ValueError, OSError) as error:
+        _fail(error)
+    typer.echo(f"{done.model_class}, {done.old_length} -> {done.max_length} tokens ({done.positions}): {destination}")
+    for note in done.notes:
+        typer.echo(f"- {note}")
+    typer.echo(f"Check it: hf-skein verify {source} {destination}")
 
 
 @app.command()
@@ -64,13 +119,32 @@ def push(
             report=typer.echo,
         )
     except HubError as error:
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(1)
+        _fail(error)
     for path in done.deleted:
         typer.echo(f"Deleted there: {path}, which could be loaded instead.")
     if done.card_kept:
         typer.echo(f"Left as it was there: {CARD}, which a person edited. --overwrite-card replaces it.")
     typer.echo(f"{'Pushed' if done.is_new else 'Nothing has changed'}: {done.url}")
+
+
+def _settings(pairs: list[str]) -> dict[str, Any]:
+    """`FIELD=VALUE` pairs; a value is JSON, or else text."""
+    settings = {}
+    for pair in pairs:
+        field, equals, value = pair.partition("=")
+        if not equals:
+            raise ValueError(f"--set expects FIELD=VALUE, got {pair!r}.")
+        try:
+            settings[field] = json.loads(value)
+        except json.JSONDecodeError:
+            settings[field] = value
+    return settings
+
+
+def _fail(error: object) -> None:
+    """End the program with a message and status 1."""
+    typer.echo(f"error: {error}", err=True)
+    sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -7,10 +7,13 @@ cannot either, by the model's own eager function), logged once with the reason; 
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
 import json
 import re
 import sys
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +32,8 @@ NAME = "skein"
 
 # Older releases of Transformers would swallow it.
 _SDPA_TAKES_POSITION_BIAS = "position_bias" in inspect.signature(sdpa_attention_forward).parameters
+
+_LONGFORMER = "transformers.models.longformer.modeling_longformer"
 
 logger = logging.get_logger(__name__)
 
@@ -59,7 +64,8 @@ def skein_attention_forward(
         dropout: Probability of dropping an attention weight.
         scaling: Multiplies the logits.
         is_causal: Overrides `module.is_causal`.
-        **kwargs: What the model passes besides.
+        **kwargs: What the model passes besides; `global_attention_mask` `[batch, n]`, if a caller gave it to the model,
+            marks global tokens (see `skein_attention`).
 
     Returns:
         `[batch, n_q, heads, pv]`, and the attention weights if they were asked for, else None.
@@ -86,7 +92,20 @@ def skein_attention_forward(
             )
         _log_exact(type(module).__name__, reason)
     elif config.method != "exact":
-        output = skein_attention(query, key, value, attention_mask, scaling, config, layer=layer or 0, dropout=dropout)
+        global_mask = kwargs.get("global_attention_mask")
+        if global_mask is not None:
+            global_mask = global_mask.flatten(0, -2)  # of multiple choices [batch, choices, n]
+        output = skein_attention(
+            query,
+            key,
+            value,
+            attention_mask,
+            scaling,
+            config,
+            global_mask=global_mask,
+            layer=layer or 0,
+            dropout=dropout,
+        )
         return output.transpose(1, 2).contiguous(), None
     return _exact(module, query, key, value, attention_mask, dropout, scaling, is_causal, kwargs)
 
@@ -109,6 +128,11 @@ def skein_mask(
         `[batch, n, 2w + 1]`, see `local.band_mask`. Anything else: what sdpa gets.
     """
     device = kwargs["device"] if "device" in kwargs else kwargs["cache_position"].device
+    if getattr(kwargs.get("config"), "model_type", None) == "longformer":
+        padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
+        return importlib.import_module(".longformer", __package__).padding_mask(
+            batch_size, kv_length, padding, kwargs["dtype"], device
+        )
     # Only the makers of bidirectional masks pass this argument.
     is_bidirectional = kwargs.get("allow_is_bidirectional_skip", False)
     is_padding = attention_mask is None or attention_mask.ndim == 2
@@ -231,6 +255,11 @@ def _exact(
         or (kwargs.get("position_bias") is not None and not _SDPA_TAKES_POSITION_BIAS)
     )
     if mask is not None and mask.ndim == 3:
+        if kwargs.get("global_attention_mask") is not None:
+            raise ValueError(
+                f"{type(module).__name__} has a sliding window, which knows no global tokens: global_attention_mask "
+                "would be ignored. Call the model without it."
+            )
         if not needs_eager:
             return local_attention(query, key, value, mask, scaling, dropout).transpose(1, 2).contiguous(), None
         mask = _dense(mask)
@@ -277,13 +306,19 @@ def _padding_from_4d(mask: Tensor) -> Tensor:
 def _skein_config(config: PretrainedConfig | None) -> SkeinConfig:
     """The `SkeinConfig` of a model's configuration, read again only when it changed.
 
-    A `SkeinConfig` that was assigned becomes the plain JSON that `save_pretrained` can write.
+    A `SkeinConfig` that was assigned becomes the plain JSON that `save_pretrained` can write. Where it does not say
+    `num_columns`, Longformer's `attention_window` does: so many keys each query attends to exactly.
     """
     values = getattr(config, "skein", None)
-    if values is None:
-        return SkeinConfig()
     if isinstance(values, SkeinConfig):
         config.skein = values = values.to_dict()
+    window = getattr(config, "attention_window", None)
+    if values is None:
+        values = {}
+    if window is not None and isinstance(values, Mapping) and "num_columns" not in values:
+        values = {**_columns_of_window(window), **values}
+    if not values:
+        return SkeinConfig()
     try:
         text = json.dumps(values, sort_keys=True)
     except TypeError as error:
@@ -292,6 +327,15 @@ def _skein_config(config: PretrainedConfig | None) -> SkeinConfig:
             "hf_skein.configure(model, ...), or assign SkeinConfig(...).to_dict()."
         ) from None
     return _parse(text)
+
+
+def _columns_of_window(window: int | list[int]) -> dict[str, Any]:
+    """The fields that give every query as many columns as keys in Longformer's window, of all layers or of each."""
+    if isinstance(window, int):
+        return {"num_columns": window}
+    if len(set(window)) == 1:
+        return {"num_columns": window[0]}
+    return {"layers": {str(layer): {"num_columns": size} for layer, size in enumerate(window)}}
 
 
 @functools.lru_cache(maxsize=128)
@@ -374,6 +418,14 @@ def calls_registry(module_class: type) -> bool:
     return module is not None and _ASKS.search(_source(module)) is not None
 
 
+def _is_longformer(module_class: type) -> bool:
+    return any(base.__module__ == _LONGFORMER for base in module_class.__mro__)
+
+
+def _runs_skein(module_class: type) -> bool:
+    return calls_registry(module_class) or _is_longformer(module_class)
+
+
 @functools.cache
 def _source(thing) -> str:
     try:
@@ -385,6 +437,8 @@ def _source(thing) -> str:
 @functools.cache
 def _check_class(model_class: type) -> None:
     """Refuse a class that has an attention of its own or claims to support no other; warn if it also asks."""
+    if _is_longformer(model_class):
+        return
     own = own_attention_classes(model_class)
     if not calls_registry(model_class) and (own or not model_class._supports_sdpa):
         raise _refusal(model_class)
@@ -400,9 +454,9 @@ def _check_parts(model: PreTrainedModel, is_configured: bool) -> None:
 
     They may be of another library, or (looked at if `is_configured`) may not have been told to ask for skein.
     """
-    if calls_registry(type(model)):
+    if _runs_skein(type(model)):
         return
-    parts = [part for part in model.modules() if calls_registry(type(part))]
+    parts = [part for part in model.modules() if _runs_skein(type(part))]
     if is_configured:
         parts = [p for p in parts if getattr(getattr(p, "config", None), "_attn_implementation", None) == NAME]
     if not parts:
@@ -425,7 +479,7 @@ def _check_at_load() -> None:
 
     The registries are not told which class asks, so this is the one place where methods of Transformers are wrapped,
     for our name only: the check that every model runs on the name of its attention, before it has any parts unless the
-    name is set later, and the end of every model's construction.
+    name is set later, and the end of every model's construction (where a Longformer is told to sketch, too).
     """
     original_check, original_post_init = PreTrainedModel.get_correct_attn_implementation, PreTrainedModel.post_init
 
@@ -442,6 +496,8 @@ def _check_at_load() -> None:
     def post_init(self):
         if self.config._attn_implementation == NAME:
             _check_parts(self, is_configured=True)
+            if _is_longformer(type(self)):
+                importlib.import_module(".longformer", __package__).attach(self)
         original_post_init(self)
 
     get_correct_attn_implementation.checks_skein = True

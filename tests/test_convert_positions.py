@@ -359,10 +359,10 @@ UNSUPPORTED = {
     "T5": ({"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}, "relative_attention_bias"),
     "MPNet": ({}, "another source of positions.*relative_attention_bias"),
     "DebertaV2": ({"relative_attention": True, "position_biased_input": True}, "another source.*rel_embeddings"),
-    "Bart": (
+    "Pegasus": (
         {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24}
         | {"encoder_attention_heads": 2, "decoder_attention_heads": 2},
-        "BartLearnedPositionalEmbedding",
+        "PegasusSinusoidalPositionalEmbedding",
     ),
     "Longformer": ({"attention_window": 4}, "a window.*query_global"),
     "Nystromformer": ({}, "num_embeddings=18.*max_position_embeddings=16, which must agree"),

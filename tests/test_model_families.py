@@ -245,7 +245,7 @@ def test_family(model_type, monkeypatch):
 
 @functools.cache
 def refused_types() -> tuple[str, ...]:
-    names = "longformer big_bird led rembert megatron-bert mpnet luke roformer deberta deberta-v2 canine convbert ibert"
+    names = "big_bird led rembert megatron-bert mpnet luke roformer deberta deberta-v2 canine convbert ibert"
     names += " squeezebert nystromformer yoso fnet"
     return tuple(name for name in names.split() if name in MODEL_MAPPING_NAMES)
 

@@ -32,14 +32,22 @@ def log_column_probability(pilot_query: Tensor, key: Tensor, value: Tensor, scal
 
 @torch.no_grad()
 def select(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, config: SkeinConfig, layer: int, heads: Tensor
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    config: SkeinConfig,
+    layer: int,
+    heads: Tensor,
+    marked: Tensor | None = None,
 ) -> Selection:
     """Steps 1 to 3 of Algorithm 1: pilot rows with replacement, columns without, by eq. 5. One block holds all queries.
 
     Arguments as in `adaptive.select`.
 
     Returns:
-        The selection; columns are `[h, 1, num_columns]`, exact rows the pilots (step 5) unless switched off.
+        The selection; columns are `[h, 1, num_columns + m]`, exact rows the pilots (step 5) unless switched off, and
+        the marked tokens.
     """
     n_queries, n_keys = query.shape[-2], key.shape[-2]
     pilots = config.num_pilots or config.num_columns
@@ -52,7 +60,11 @@ def select(
         scores = max(1, SCORES_PER_STEP // (pilots * n_keys))  # heads at a time
         parts = zip(pilot_query.split(scores), key.split(scores), value.split(scores), strict=True)
         log_probability = torch.cat([log_column_probability(q, k, v, scale) for q, k, v in parts])
-    columns = draw_columns(log_probability, config.num_columns, uniforms)
     if not config.pilot_reutilization:
         rows = rows[:, :0]
+    count = config.num_columns
+    if marked is not None:
+        log_probability[:, marked] = torch.inf
+        rows, count = torch.cat([rows, marked.expand(len(rows), -1)], 1), count + len(marked)
+    columns = draw_columns(log_probability, count, uniforms)
     return Selection(route(query, key, 1), columns[:, None], rows, strata.assign(key, config.resolved_strata))

@@ -18,6 +18,7 @@ from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_st
 from .config import SkeinConfig
 
 
+CONVERSION_RECORD = "skein_conversion.json"
 TRAINING_RECORD = "record.json"  # what the fine-tuning scripts write
 
 # Heads of Transformers' classes and the Hub's name of their task.
@@ -58,6 +59,7 @@ class Facts:
         architecture: Transformers' class, e.g. `BertForMaskedLM`.
         settings: Skein's.
         base_model: Its name on the Hub.
+        origin: How the model was made from it: a sentence.
         carried_over: License and language of the base model, as the metadata of a card has them.
         max_length: Tokens of the longest document.
         limits: Sentences.
@@ -72,6 +74,7 @@ class Facts:
     architecture: str
     settings: SkeinConfig
     base_model: str | None = None
+    origin: str | None = None
     carried_over: dict[str, Any] = field(default_factory=dict)
     max_length: int | None = None
     limits: list[str] = field(default_factory=list)
@@ -102,6 +105,7 @@ def render(facts: Facts) -> ModelCard:
         name=name,
         repo_id=facts.repo_id,
         base_model=facts.base_model,
+        origin=facts.origin,
         architecture=facts.architecture,
         auto_class=f"AutoModelFor{head}" if head in _TASKS and head else facts.architecture if head else "AutoModel",
         max_length=facts.max_length,
@@ -165,18 +169,21 @@ def make_card(
     """
     folder = Path(folder)
     config = read_config(folder)
-    training = _read_training(folder)
+    conversion = _read_record(folder / CONVERSION_RECORD, "source", "commit", "positions", "notes", "versions")
+    training = _read_record(folder / TRAINING_RECORD, "settings", "versions", "hardware")
     task, library = _TASKS.get(config["architectures"][0].partition("For")[2]), "transformers"
     if (folder / "modules.json").exists():
         task, library = "sentence-similarity", "sentence-transformers"
-    base_model = base_model or _recorded_base(training)
+    base_model = base_model or _converted_from(conversion) or _trained_from(training)
     facts = Facts(
         repo_id=repo_id,
         architecture=config["architectures"][0],
         settings=SkeinConfig.from_dict(config["skein"]),
         base_model=base_model,
+        origin=_origin(conversion),
         carried_over={"license": license} if license else _carried_over(base_model, token),
         max_length=_max_length(folder),
+        limits=conversion.get("notes", []),
         tables=_training_tables(training),
         results=_training_results(training, task),
         is_trained=training.get("settings", {}).get("attn") == "skein",
@@ -243,22 +250,39 @@ def read_remote(repo_id: str, path: str, *, revision: str = "main", token: str |
     return response.content.decode("utf-8")
 
 
-def _read_training(folder: Path) -> dict[str, Any]:
-    """The record of the fine-tuning scripts, empty if there is none."""
-    record = read_json(folder / TRAINING_RECORD)
-    missing = [name for name in ("settings", "versions", "hardware") if record and name not in record]
+def _read_record(path: Path, *needed: str) -> dict[str, Any]:
+    """A record that hf-skein wrote, empty if there is none."""
+    record = read_json(path)
+    missing = [name for name in needed if record and name not in record]
     if missing:
-        raise HubError(
-            f"{folder / TRAINING_RECORD} is no record of hf-skein's fine-tuning scripts: it lacks "
-            f"{', '.join(missing)}. Rename it or move it elsewhere."
-        )
+        raise HubError(f"{path} is no record of hf-skein: it lacks {', '.join(missing)}. Rename or delete it.")
     return record
 
 
-def _recorded_base(training: dict[str, Any]) -> str | None:
-    # A record reduces a path to its last part, so a name with an owner is the Hub's.
+# A record reduces a path to its last part, so a name with an owner is the Hub's.
+
+
+def _converted_from(conversion: dict[str, Any]) -> str | None:
+    if not conversion or conversion["source"] == conversion["commit"]:  # a folder of the cache, given as such
+        return None
+    is_on_hub = "/" in conversion["source"] or conversion["commit"] is not None
+    return conversion["source"] if is_on_hub else None
+
+
+def _trained_from(training: dict[str, Any]) -> str | None:
     name = training.get("settings", {}).get("model", "")
     return name if "/" in name else None
+
+
+def _origin(conversion: dict[str, Any]) -> str | None:
+    if not conversion:
+        return None
+    commit = f" at commit {conversion['commit'][:12]}" if conversion["commit"] else ""
+    versions = ", ".join(f"{name} {version}" for name, version in conversion["versions"].items())
+    return (
+        f"Made by `hf-skein convert` from a `{conversion['source_class']}` for {conversion['old_length']} "
+        f"tokens{commit}; positions: `{conversion['positions']}` ({versions})."
+    )
 
 
 def _training_tables(record: dict[str, Any]) -> list[Table]:

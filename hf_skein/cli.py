@@ -21,10 +21,11 @@ app = typer.Typer(
 
 
 @app.callback()
-def _prepare() -> None:
-    from transformers.utils import logging
+def _prepare(context: typer.Context) -> None:
+    if context.invoked_subcommand != "push":  # it does without Transformers, which takes a while to import
+        from transformers.utils import logging
 
-    logging.disable_progress_bar()
+        logging.disable_progress_bar()
 
 
 @app.command()

@@ -23,7 +23,16 @@ from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_st
 from safetensors import SafetensorError, safe_open
 
 from . import __version__
-from .card import TRAINING_RECORD, HubError, is_untouched, make_card, read_config, read_json, read_remote
+from .card import (
+    CONVERSION_RECORD,
+    TRAINING_RECORD,
+    HubError,
+    is_untouched,
+    make_card,
+    read_config,
+    read_json,
+    read_remote,
+)
 
 
 __all__ = ["HubError", "Pushed", "Selection", "make_card", "push", "select_files"]
@@ -37,7 +46,7 @@ _UPLOADED = re.compile(
     r"|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json"
     r"|tokenizer(_config)?\.json|special_tokens_map\.json|added_tokens\.json|chat_template\.jinja"
     r"|vocab\.(txt|json)|merges\.txt|dict\.txt|bpe\.codes|(spiece|tokenizer|sentencepiece(\.bpe)?)\.model"
-    rf"|{CARD}|LICENSE[\w.-]*|NOTICE[\w.-]*|{re.escape(TRAINING_RECORD)}"
+    rf"|{CARD}|LICENSE[\w.-]*|NOTICE[\w.-]*|{re.escape(TRAINING_RECORD)}|{re.escape(CONVERSION_RECORD)}"
     r"|modules\.json|sentence_bert_config\.json|config_sentence_transformers\.json"
     r"|\d+_\w+/(config\.json|model\.safetensors)"
 )

@@ -19,6 +19,7 @@ from transformers import BertConfig, BertForMaskedLM, BertTokenizer
 import hf_skein
 from hf_skein import hub as hub_module
 from hf_skein.card import is_untouched
+from hf_skein.convert import convert_checkpoint
 
 
 ROOT = Path(__file__).parents[1]
@@ -421,6 +422,19 @@ def test_the_name_is_somebody_elses_secret(hub, push):
 def test_a_name_that_cannot_be(push):
     status, text = push(repo="me/x/y")
     assert status == 1 and "Repo id must be" in text and "Nothing was uploaded." in text
+
+
+def test_a_converted_model_says_what_it_was(saved, tmp_path):
+    source = BertForMaskedLM.from_pretrained(saved)
+    done = convert_checkpoint(source, tmp_path / "long", 1024, tokenizer=BertTokenizer.from_pretrained(saved))
+    record = tmp_path / "long" / "skein_conversion.json"
+    card = hub_module.make_card(tmp_path / "long", "me/x", license="mit")
+    assert card.data.base_model is None  # it came from a folder
+    for part in ("a `BertForMaskedLM` for 512 tokens; positions: `tile`", "up to 1024 tokens", *done.notes):
+        assert part in card.text
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"source": "bert-base-uncased", "commit": "0" * 40}))
+    card = hub_module.make_card(tmp_path / "long", "me/x", license="mit")
+    assert card.data.base_model == "bert-base-uncased" and "at commit 000000000000;" in card.text
 
 
 def test_a_record_that_is_not_ours(folder):

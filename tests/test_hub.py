@@ -16,7 +16,6 @@ from huggingface_hub import ModelCard
 from huggingface_hub.repocard import metadata_load
 from transformers import BertConfig, BertForMaskedLM, BertTokenizer
 
-import hf_skein
 from hf_skein import hub as hub_module
 from hf_skein.card import is_untouched
 from hf_skein.convert import convert_checkpoint
@@ -26,27 +25,27 @@ ROOT = Path(__file__).parents[1]
 CARDS = ROOT / "model_cards"
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *map(str, range(40))]
 MODEL_FILES = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+MODEL_FILES |= {"skein_conversion.json"}
 BASE_CARD = "---\nlicense: bsd-3-clause\nlanguage: en\ntags: [old]\n---\n# The base model\n"
 EDITED = "---\nlicense: mit\n---\n# What a person wrote\n"
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """The folder of a tiny model with skein attention."""
-    folder = tmp_path_factory.mktemp("saved") / "model"
+    """The folder of a tiny converted model."""
+    folder = tmp_path_factory.mktemp("saved")
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
-    config = BertConfig(vocab_size=len(WORDS), **sizes, pad_token_id=0)
-    model = BertForMaskedLM._from_config(config, attn_implementation="skein")
+    model = BertForMaskedLM(BertConfig(vocab_size=len(WORDS), **sizes, max_position_embeddings=40, pad_token_id=0))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.normal_(std=0.3)
-    hf_skein.configure(model, num_columns=8, block_size=8, num_strata=1, min_length=0)
-    model.save_pretrained(folder)
-    (folder.parent / "vocab.txt").write_text("\n".join(WORDS))
-    BertTokenizer(str(folder.parent / "vocab.txt"), model_max_length=512).save_pretrained(folder)
-    return folder
+    (folder / "vocab.txt").write_text("\n".join(WORDS))
+    tokenizer = BertTokenizer(str(folder / "vocab.txt"))
+    settings = {"num_columns": 8, "block_size": 8, "num_strata": 1, "min_length": 0}
+    convert_checkpoint(model, folder / "model", 512, tokenizer=tokenizer, settings=settings)
+    return folder / "model"
 
 
 @pytest.fixture
@@ -424,16 +423,16 @@ def test_a_name_that_cannot_be(push):
     assert status == 1 and "Repo id must be" in text and "Nothing was uploaded." in text
 
 
-def test_a_converted_model_says_what_it_was(saved, tmp_path):
-    source = BertForMaskedLM.from_pretrained(saved)
-    done = convert_checkpoint(source, tmp_path / "long", 1024, tokenizer=BertTokenizer.from_pretrained(saved))
-    record = tmp_path / "long" / "skein_conversion.json"
-    card = hub_module.make_card(tmp_path / "long", "me/x", license="mit")
-    assert card.data.base_model is None  # it came from a folder
-    for part in ("a `BertForMaskedLM` for 512 tokens; positions: `tile`", "up to 1024 tokens", *done.notes):
+def test_the_conversion_is_in_the_card(folder):
+    path = folder / "skein_conversion.json"
+    record = json.loads(path.read_text())
+    card = hub_module.make_card(folder, "me/x", license="mit")
+    assert card.data.base_model is None  # it was a model in memory
+    assert record["notes"]
+    for part in ("a `BertForMaskedLM` for 40 tokens; positions: `tile`", "up to 512 tokens", *record["notes"]):
         assert part in card.text
-    record.write_text(json.dumps(json.loads(record.read_text()) | {"source": "bert-base-uncased", "commit": "0" * 40}))
-    card = hub_module.make_card(tmp_path / "long", "me/x", license="mit")
+    path.write_text(json.dumps(record | {"source": "bert-base-uncased", "commit": "0" * 40}))
+    card = hub_module.make_card(folder, "me/x", license="mit")
     assert card.data.base_model == "bert-base-uncased" and "at commit 000000000000;" in card.text
 
 

@@ -19,7 +19,9 @@ from .config import SkeinConfig
 
 
 CONVERSION_RECORD = "skein_conversion.json"
+VERIFICATION_RECORD, VERIFICATION_PLOT = "skein_verify.json", "skein_verify.png"
 TRAINING_RECORD = "record.json"  # what the fine-tuning scripts write
+RECORDS = (CONVERSION_RECORD, VERIFICATION_RECORD, VERIFICATION_PLOT, TRAINING_RECORD)
 
 # Heads of Transformers' classes and the Hub's name of their task.
 _TASKS = {
@@ -170,6 +172,12 @@ def make_card(
     folder = Path(folder)
     config = read_config(folder)
     conversion = _read_record(folder / CONVERSION_RECORD, "source", "commit", "positions", "notes", "versions")
+    verification = _read_record(folder / VERIFICATION_RECORD, "checks", "rows", "skein", "text", "versions", "hardware")
+    if verification and verification["skein"] != config["skein"]:
+        raise HubError(
+            f"{folder / VERIFICATION_RECORD} was made with other settings than config.skein has now. Run "
+            "`hf-skein verify` again, or delete it."
+        )
     training = _read_record(folder / TRAINING_RECORD, "settings", "versions", "hardware")
     task, library = _TASKS.get(config["architectures"][0].partition("For")[2]), "transformers"
     if (folder / "modules.json").exists():
@@ -184,7 +192,7 @@ def make_card(
         carried_over={"license": license} if license else _carried_over(base_model, token),
         max_length=_max_length(folder),
         limits=conversion.get("notes", []),
-        tables=_training_tables(training),
+        tables=[*_verification_tables(verification, folder), *_training_tables(training)],
         results=_training_results(training, task),
         is_trained=training.get("settings", {}).get("attn") == "skein",
         library=library,
@@ -285,6 +293,32 @@ def _origin(conversion: dict[str, Any]) -> str | None:
     )
 
 
+def _verification_tables(record: dict[str, Any], folder: Path) -> list[Table]:
+    if not record:
+        return []
+    text = (
+        f"By `hf-skein verify`, against exact attention ([{VERIFICATION_RECORD}]({VERIFICATION_RECORD})): hidden "
+        f"states after the last layer, means over {record['documents']} documents of each length ({record['text']['name']}), "
+        f"median times of {record['repeats']} forward passes. {_circumstances(record)}"
+    )
+    if (folder / VERIFICATION_PLOT).exists():
+        text += f"\n\n![Error, time and memory over the length]({VERIFICATION_PLOT})"
+    measures = ("relative_error", "token_cosine", "document_cosine")
+    costs = ("exact_seconds", "skein_seconds", "exact_mib", "skein_mib")
+    columns = ["tokens", "relative error", "cosine of tokens", "of documents"]
+    columns += ["exact, s", "skein, s", "exact, MiB", "skein, MiB"]
+    rows = [
+        [str(row["length"]), *(_cell(row[name][-1]) for name in measures), *(_cell(row[name]) for name in costs)]
+        for row in record["rows"]
+    ]
+    checks = [[check["name"], "yes" if check["passed"] else "**no**", check["found"]] for check in record["checks"]]
+    outcome = "All of these hold" if all(c["passed"] for c in record["checks"]) else "**Not all of these hold**"
+    return [
+        Table("Skein against exact attention", text, columns, rows),
+        Table("Checks", f"{outcome}.", ["check", "holds", "found"], [[_cell(x) for x in row] for row in checks]),
+    ]
+
+
 def _training_tables(record: dict[str, Any]) -> list[Table]:
     if not record:
         return []
@@ -295,11 +329,9 @@ def _training_tables(record: dict[str, Any]) -> list[Table]:
         value = f"{lengths['documents']} documents, {_cell(lengths['mean'])} tokens on average"
         rows.append([f"{part} data", f"{value}, {lengths['truncated']} truncated"])
     rows += [[f"test {name.replace('_', ' ')}", _cell(value)] for name, value in record.get("test", {}).items()]
-    versions, hardware = record["versions"], record["hardware"]
     text = (
-        f"Recorded by the script that trained it, on {hardware['gpu'] or hardware['cpu']}, with torch "
-        f"{versions['torch']} and transformers {versions['transformers']}; the whole record is "
-        f"[{TRAINING_RECORD}]({TRAINING_RECORD})."
+        f"Recorded by the script that trained it; the whole record is [{TRAINING_RECORD}]({TRAINING_RECORD}). "
+        f"{_circumstances(record)}"
     )
     return [Table("Training", text, ["", ""], rows)]
 
@@ -323,6 +355,12 @@ def _training_results(record: dict[str, Any], task: str | None) -> list[EvalResu
     ]
 
 
+def _circumstances(record: dict[str, Any]) -> str:
+    versions, hardware = record["versions"], record["hardware"]
+    place = hardware.get("gpu") or hardware.get("cpu") or f"{hardware['device']}, {hardware['threads']} threads"
+    return f"On {place}, with torch {versions['torch']} and transformers {versions['transformers']}."
+
+
 def _cell(value: Any) -> str:
-    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    text = "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
     return text.replace("|", "\\|")

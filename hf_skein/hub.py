@@ -24,8 +24,7 @@ from safetensors import SafetensorError, safe_open
 
 from . import __version__
 from .card import (
-    CONVERSION_RECORD,
-    TRAINING_RECORD,
+    RECORDS,
     HubError,
     is_untouched,
     make_card,
@@ -46,7 +45,7 @@ _UPLOADED = re.compile(
     r"|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json"
     r"|tokenizer(_config)?\.json|special_tokens_map\.json|added_tokens\.json|chat_template\.jinja"
     r"|vocab\.(txt|json)|merges\.txt|dict\.txt|bpe\.codes|(spiece|tokenizer|sentencepiece(\.bpe)?)\.model"
-    rf"|{CARD}|LICENSE[\w.-]*|NOTICE[\w.-]*|{re.escape(TRAINING_RECORD)}|{re.escape(CONVERSION_RECORD)}"
+    rf"|{CARD}|LICENSE[\w.-]*|NOTICE[\w.-]*|{'|'.join(map(re.escape, RECORDS))}"
     r"|modules\.json|sentence_bert_config\.json|config_sentence_transformers\.json"
     r"|\d+_\w+/(config\.json|model\.safetensors)"
 )

@@ -298,8 +298,8 @@ def _verification_tables(record: dict[str, Any], folder: Path) -> list[Table]:
         return []
     text = (
         f"By `hf-skein verify`, against exact attention ([{VERIFICATION_RECORD}]({VERIFICATION_RECORD})): hidden "
-        f"states after the last layer, means over {record['documents']} documents of each length ({record['text']['name']}), "
-        f"median times of {record['repeats']} forward passes. {_circumstances(record)}"
+        f"states after the last layer, means over {record['documents']} documents of each length, "
+        f"median times of {record['repeats']} forward passes, text: {record['text']['name']}. {_circumstances(record)}"
     )
     if (folder / VERIFICATION_PLOT).exists():
         text += f"\n\n![Error, time and memory over the length]({VERIFICATION_PLOT})"

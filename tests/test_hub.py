@@ -436,6 +436,33 @@ def test_the_conversion_is_in_the_card(folder):
     assert card.data.base_model == "bert-base-uncased" and "at commit 000000000000;" in card.text
 
 
+def test_what_verify_found_is_in_the_card(folder):
+    skein = json.loads((folder / "config.json").read_text())["skein"]
+    row = {
+        "length": 512,
+        "relative_error": [0.5, 0.123456],
+        "token_cosine": [1.0, 0.875],
+        "document_cosine": [1.0, 0.75],
+    }
+    row |= {"exact_seconds": 2.0, "skein_seconds": 1.5, "exact_mib": None, "skein_mib": 3.25}
+    checks = [{"name": "a|b", "passed": True, "found": "fine"}, {"name": "finite", "passed": False, "found": "NaN"}]
+    record = {"passed": False, "skein": skein, "checks": checks, "rows": [row], "documents": 3, "repeats": 5}
+    record |= {"text": {"name": "a text"}, "versions": {"torch": "1", "transformers": "2"}}
+    record |= {"hardware": {"device": "cpu", "machine": "m", "threads": 2}}
+    (folder / "skein_verify.json").write_text(json.dumps(record))
+    text = hub_module.make_card(folder, "me/x", license="mit").text
+    assert "| 512 | 0.1235 | 0.875 | 0.75 | 2 | 1.5 | - | 3.25 |" in text
+    assert (
+        "**Not all of these hold**" in text and "| finite | **no** | NaN |" in text and r"| a\|b | yes | fine |" in text
+    )
+    assert "skein_verify.png" not in text
+    (folder / "skein_verify.png").write_bytes(b"")
+    assert "](skein_verify.png)" in hub_module.make_card(folder, "me/x", license="mit").text
+    (folder / "skein_verify.json").write_text(json.dumps(record | {"skein": skein | {"num_columns": 9}}))
+    with pytest.raises(hub_module.HubError, match="made with other settings"):
+        hub_module.make_card(folder, "me/x", license="mit")
+
+
 def test_a_record_that_is_not_ours(folder):
     (folder / "record.json").write_text('{"settings": {}}')
     with pytest.raises(hub_module.HubError, match=r"lacks versions, hardware"):

@@ -17,7 +17,7 @@ from .sketch.baselines import v_mean
 _SELECT = {"adaptive": adaptive.select, "skeinformer": skeinformer.select}
 
 # Some heads after others, so that the many passes over their queries, keys and values find them in the cache.
-NUMBERS_PER_STEP = 2**22
+NUMBERS_PER_STEP = 2**21
 
 _DROPPED = -1000.0  # no logit survives this or less
 

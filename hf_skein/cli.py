@@ -75,6 +75,49 @@ def convert(
 
 
 @app.command()
+def verify(
+    source: Annotated[str, typer.Argument(help="The original: name on the Hub, or a folder.")],
+    destination: Annotated[str, typer.Argument(help="What was converted: a folder, or name on the Hub.")],
+    text: Annotated[Path | None, typer.Option(help="A text to use; default: Python's documentation.")] = None,
+    length: Annotated[list[int] | None, typer.Option(help="Tokens to measure at; repeatable.")] = None,
+    documents: Annotated[int, typer.Option(min=1, help="Documents per length.")] = 3,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed forward passes per length.")] = 3,
+    min_cosine: Annotated[float, typer.Option(help="Least cosine of a document's mean hidden state.")] = 0.9,
+    device: Annotated[str, typer.Option(help="Where to run, e.g. cuda.")] = "cpu",
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for skein_verify.json and .png; default: the converted one.")
+    ] = None,
+    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Read pytorch_model.bin if need be.")] = False,
+) -> None:
+    """Compare a converted model with its original, and skein with exact attention; status 1 if something is off."""
+    from .convert import verify as verification
+
+    if output is None and not Path(destination).is_dir():
+        _fail("The converted model is no folder here; say where to write: --output FOLDER.")
+    try:
+        found = verification.verify(
+            source,
+            destination,
+            text=text,
+            lengths=length or None,
+            documents=documents,
+            repeats=repeats,
+            min_cosine=min_cosine,
+            device=device,
+            allow_pickle=allow_pickle,
+        )
+        written = verification.save(found, output or destination)
+    except (ValueError, OSError) as error:
+        _fail(error)
+    typer.echo(verification.table(found))
+    typer.echo("\nWritten: " + ", ".join(map(str, written)))
+    if len(written) == 1:
+        typer.echo('No plot: Matplotlib is not installed (pip install "hf-skein[plot]").')
+    if not found.passed:
+        _fail("something is off: see the lines marked OFF.")
+
+
+@app.command()
 def push(
     folder: Annotated[Path, typer.Argument(help="What `hf-skein convert` or `save_pretrained` wrote.")],
     repo: Annotated[str, typer.Argument(help="owner/name on the Hub; created if need be.")],

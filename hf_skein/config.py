@@ -57,7 +57,8 @@ class SkeinConfig:
             `geometric` for `skeinformer`, else `second_order`.
         pilot_reutilization: Overwrite the pilot rows with their exact result (`skeinformer` only).
         exact_rows: The first tokens (CLS) attend exactly and are columns of every block (`adaptive` only).
-        min_length: A sequence of at most this many keys is computed exactly.
+        min_length: A sequence of at most this many keys is computed exactly; below the default a sketch costs more time
+            than it saves.
         seed: Key of the counter-based random numbers (`skeinformer` and uniform columns; `adaptive` draws none).
         strict: Raise where the sketch cannot represent what the model asks for, instead of running exact attention.
         backend: `"auto"`, `"torch"` (chunked, linear memory) or `"reference"` (the formulas, slow, for checking).
@@ -69,8 +70,8 @@ class SkeinConfig:
 
     method: str = "adaptive"
     num_columns: int = 128
-    block_size: int = 128
-    max_blocks: int = 8
+    block_size: int = 64
+    max_blocks: int = 16
     num_strata: int = 64
     num_pilots: int | None = None
     column_sampling: str = "importance"
@@ -78,7 +79,7 @@ class SkeinConfig:
     residual: str | None = None
     pilot_reutilization: bool = True
     exact_rows: int = 1
-    min_length: int = 512
+    min_length: int = 1024
     seed: int = 0
     strict: bool = False
     backend: str = "auto"

@@ -179,7 +179,7 @@ class _Sketch:
         table = torch.cat([chosen, means], -2)
         count = torch.cat([size.new_ones(*columns.shape, 1), size], -2)
         key, d = table[..., : query.shape[-1]], columns.shape[-1]
-        within = self.all_keys[heads, None] - key.mT @ (table * count)
+        within = self.all_keys[heads, None] - (key * count).mT @ table
 
         metric, linear = (query @ within).tensor_split([query.shape[-1]], -1)
         z = 1 + ((metric * query).sum(-1, keepdim=True) / self.rest).clamp_min(0) / 2

@@ -2,8 +2,9 @@
 
 Inference and one training step (forward and backward, no dropout) on one document, by encoders of BERT's architecture
 and random weights, in the sizes of BERT-base and of MiniLM. Seconds, peak memory, tokens per second, the share of
-attention in the time of inference, and the crossover: the length from which skein is faster. Other long-document
-encoders of Transformers, in the same sizes, can be measured beside them.
+attention in the time of inference, and the crossover: the length from which skein is faster. For that it sketches at
+every length (`min_length=0`), else in its default settings. Other long-document encoders of Transformers, in the same
+sizes, can be measured beside them.
 
     python scripts/benchmark_encoder.py --output runs/encoder --peers longformer big_bird nystromformer
 
@@ -32,6 +33,7 @@ from _benchmark import (
     save_figure,
     start,
     synchronize,
+    use_attention,
 )
 from _record import ResumableRecord
 from torch import Tensor, nn
@@ -55,6 +57,7 @@ from hf_skein import SkeinConfig
 
 
 ATTENTIONS = ("sdpa", "skein")
+SKEIN = SkeinConfig(min_length=0)
 PASSES = ("inference", "training")
 SIZES = {
     "base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
@@ -99,7 +102,7 @@ def make_models(args: argparse.Namespace, size: str, length: int) -> dict[str, n
     models["skein"].load_state_dict(model.state_dict(), assign=True)
     models["skein"].to(args.device)  # buffers
     for name, one in models.items():
-        one.set_attn_implementation(name)
+        use_attention(one, SKEIN if name == "skein" else None)
         one.eval()
     return {name: models[name] for name in ATTENTIONS if name == "skein" or length <= args.max_exact}
 
@@ -212,7 +215,7 @@ def crossovers(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     result = []
     for size, what in dict.fromkeys((row["size"], row["pass"]) for row in rows):
         mine = [row for row in rows if (row["size"], row["pass"], row["method"]) == (size, what, "skein")]
-        mine = [row for row in mine if row["n"] > SkeinConfig().exact_length and "speedup" in row]
+        mine = [row for row in mine if row["n"] > SKEIN.exact_length and "speedup" in row]
         if mine:
             found = crossover([row["n"] for row in mine], [row["speedup"] for row in mine])
             result.append({"size": size, "pass": what, **found})
@@ -277,7 +280,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     args.lengths.sort()
     transformers.logging.set_verbosity_error()
 
-    header = start(args, __file__) | {"skein": SkeinConfig().to_dict(), "architectures": SIZES}
+    header = start(args, __file__) | {"skein": SKEIN.to_dict(), "architectures": SIZES}
     record = ResumableRecord(args.output, header, ("lengths", "sizes", "max_training"))
     for size in args.sizes:
         for length in args.lengths:

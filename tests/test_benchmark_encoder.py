@@ -70,7 +70,7 @@ def test_both_attentions_have_the_same_weights_and_differ_where_skein_sketches()
             layer.attention.self.query.weight *= 30
             layer.attention.self.key.weight *= 30
         exact, skein = (models[name](ids).last_hidden_state for name in ("sdpa", "skein"))
-        torch.testing.assert_close(models["skein"](ids[:, :500])[0], models["sdpa"](ids[:, :500])[0])
+        torch.testing.assert_close(models["skein"](ids[:, :128])[0], models["sdpa"](ids[:, :128])[0])
     assert 1e-3 < (exact - skein).norm() / exact.norm() < 0.5
     benchmark_encoder.train(models["skein"].train(), ids)
     assert all(parameter.grad is None for parameter in models["skein"].parameters())

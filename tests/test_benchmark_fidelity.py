@@ -71,7 +71,7 @@ def test_the_document_cosine_is_that_of_a_direct_computation(text, tmp_path, mod
     for name, columns in (("few", 32), ("more", 64)):
         hf_skein.configure(model, min_length=0, num_columns=columns)
         cosine = torch.cosine_similarity(model(ids).last_hidden_state.mean(1), exact).item()
-        assert 0.5 < cosine < 0.999
+        assert 0.5 < cosine < 0.9999
         assert record["summary"]["document_cosine"][name][str(N)] == pytest.approx(cosine, abs=1e-5)
 
 

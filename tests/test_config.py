@@ -8,7 +8,7 @@ from hf_skein import SkeinConfig
 
 def test_defaults_are_the_documented_ones():
     config = SkeinConfig()
-    assert (config.method, config.exact_rows, config.min_length, config.backend) == ("adaptive", 1, 512, "auto")
+    assert (config.method, config.exact_rows, config.min_length, config.backend) == ("adaptive", 1, 1024, "auto")
     for field in dataclasses.fields(SkeinConfig):
         assert f"{field.name}:" in SkeinConfig.__doc__
 

@@ -147,7 +147,7 @@ def test_registering_over_somebody_elses_entry_raises(interface, monkeypatch):
 
 
 def test_switching_there_and_back(sketched):
-    model = bert("sdpa", sketch=None)
+    model = bert("sdpa")
     ids = token_ids(700)
     exact = model(ids).last_hidden_state
     model.set_attn_implementation("skein")

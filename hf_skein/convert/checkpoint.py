@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal
 
 import torch
@@ -136,8 +137,8 @@ def convert_checkpoint(
     if not isinstance(source, PreTrainedModel):
         folder = _find(source, revision, allow_pickle)
         _check_not_source(destination, folder)
-    tokenizer = _get_tokenizer(tokenizer, folder)
     model, notes = _load(folder, dtype, allow_pickle) if folder is not None else _copy(source, dtype)
+    tokenizer = _get_tokenizer(tokenizer, folder)
     source_class = type(model).__name__
     if tokenizer is not None and len(tokenizer) > model.config.vocab_size:
         raise ValueError(
@@ -259,7 +260,9 @@ def _check_family(config: PretrainedConfig) -> None:
         )
 
 
-def _load(folder: Path, dtype: str | None, allow_pickle: bool) -> tuple[PreTrainedModel, list[str]]:
+def _load(
+    folder: Path, dtype: str | None, allow_pickle: bool, attention: str | None = None
+) -> tuple[PreTrainedModel, list[str]]:
     """The model of a folder, and notes."""
     try:
         config = AutoConfig.from_pretrained(folder)
@@ -278,9 +281,14 @@ def _load(folder: Path, dtype: str | None, allow_pickle: bool) -> tuple[PreTrain
     def load(**options: Any) -> tuple[PreTrainedModel, dict]:
         try:
             return model_class.from_pretrained(
-                folder, dtype=dtype or "auto", use_safetensors=has_safetensors, output_loading_info=True, **options
+                folder,
+                dtype=dtype or "auto",
+                use_safetensors=has_safetensors,
+                attn_implementation=attention,
+                output_loading_info=True,
+                **options,
             )
-        except (SafetensorError, OSError, RuntimeError, EOFError, ValueError) as error:
+        except (SafetensorError, UnpicklingError, OSError, RuntimeError, EOFError, ValueError) as error:
             raise ValueError(
                 f"The weights in {folder} cannot be read as a {model_class.__name__}: {error} If a file is damaged or "
                 "truncated, download it again."

@@ -19,6 +19,7 @@ from transformers import BertConfig, BertForMaskedLM, BertTokenizer
 from hf_skein import hub as hub_module
 from hf_skein.card import is_untouched
 from hf_skein.convert import convert_checkpoint
+from hf_skein.convert import verify as verification
 
 
 ROOT = Path(__file__).parents[1]
@@ -43,8 +44,10 @@ def saved(tmp_path_factory):
                 parameter.normal_(std=0.3)
     (folder / "vocab.txt").write_text("\n".join(WORDS))
     tokenizer = BertTokenizer(str(folder / "vocab.txt"))
+    for part in (model, tokenizer):
+        part.save_pretrained(folder / "source")
     settings = {"num_columns": 8, "block_size": 8, "num_strata": 1, "min_length": 0}
-    convert_checkpoint(model, folder / "model", 512, tokenizer=tokenizer, settings=settings)
+    convert_checkpoint(folder / "source", folder / "model", 512, settings=settings)
     return folder / "model"
 
 
@@ -71,7 +74,7 @@ def run(hub, tmp_path):
         variables |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "NO_PROXY": "127.0.0.1,localhost", "OMP_NUM_THREADS": "1"}
         variables |= ({"HF_TOKEN": token} if token else {}) | environment
         command = [sys.executable, *map(str, arguments)]
-        done = subprocess.run(command, env=variables, cwd=tmp_path, text=True, capture_output=True, timeout=120)
+        done = subprocess.run(command, env=variables, cwd=tmp_path, text=True, capture_output=True, timeout=600)
         return done.returncode, done.stdout + done.stderr
 
     return run
@@ -427,7 +430,7 @@ def test_the_conversion_is_in_the_card(folder):
     path = folder / "skein_conversion.json"
     record = json.loads(path.read_text())
     card = hub_module.make_card(folder, "me/x", license="mit")
-    assert card.data.base_model is None  # it was a model in memory
+    assert card.data.base_model is None  # it was a folder
     assert record["notes"]
     for part in ("a `BertForMaskedLM` for 40 tokens; positions: `tile`", "up to 512 tokens", *record["notes"]):
         assert part in card.text
@@ -436,29 +439,25 @@ def test_the_conversion_is_in_the_card(folder):
     assert card.data.base_model == "bert-base-uncased" and "at commit 000000000000;" in card.text
 
 
-def test_what_verify_found_is_in_the_card(folder):
-    skein = json.loads((folder / "config.json").read_text())["skein"]
-    row = {
-        "length": 512,
-        "relative_error": [0.5, 0.123456],
-        "token_cosine": [1.0, 0.875],
-        "document_cosine": [1.0, 0.75],
-    }
-    row |= {"exact_seconds": 2.0, "skein_seconds": 1.5, "exact_mib": None, "skein_mib": 3.25}
-    checks = [{"name": "a|b", "passed": True, "found": "fine"}, {"name": "finite", "passed": False, "found": "NaN"}]
-    record = {"passed": False, "skein": skein, "checks": checks, "rows": [row], "documents": 3, "repeats": 5}
-    record |= {"text": {"name": "a text"}, "versions": {"torch": "1", "transformers": "2"}}
-    record |= {"hardware": {"device": "cpu", "machine": "m", "threads": 2}}
-    (folder / "skein_verify.json").write_text(json.dumps(record))
-    text = hub_module.make_card(folder, "me/x", license="mit").text
-    assert "| 512 | 0.1235 | 0.875 | 0.75 | 2 | 1.5 | - | 3.25 |" in text
-    assert (
-        "**Not all of these hold**" in text and "| finite | **no** | NaN |" in text and r"| a\|b | yes | fine |" in text
-    )
-    assert "skein_verify.png" not in text
-    (folder / "skein_verify.png").write_bytes(b"")
-    assert "](skein_verify.png)" in hub_module.make_card(folder, "me/x", license="mit").text
-    (folder / "skein_verify.json").write_text(json.dumps(record | {"skein": skein | {"num_columns": 9}}))
+def test_what_verify_found_is_in_the_card(saved, folder, text):
+    found = verification.verify(saved.parent / "source", folder, text=text, lengths=[64], repeats=1, min_cosine=0)
+    verification.save(found, folder)
+    assert {"skein_verify.json", "skein_verify.png"} <= set(hub_module.select_files(folder).uploaded)
+    card = hub_module.make_card(folder, "me/x", license="mit").text
+    row = found.rows[0]
+    numbers = [row.relative_error[-1], row.token_cosine[-1], row.document_cosine[-1], row.exact_seconds]
+    assert "| 64 | " + " | ".join(f"{number:.4g}" for number in numbers) + " |" in card
+    assert "](skein_verify.png)" in card
+    assert all(f"| {check.name} | {'yes' if check.passed else '**no**'} |" in card for check in found.checks)
+
+    path = folder / "skein_verify.json"
+    record = json.loads(path.read_text())
+    assert found.passed and "All of these hold" in card
+    record["checks"][0]["passed"] = False
+    path.write_text(json.dumps(record))
+    assert "**Not all of these hold**" in hub_module.make_card(folder, "me/x", license="mit").text
+    record["skein"]["num_columns"] += 1
+    path.write_text(json.dumps(record))
     with pytest.raises(hub_module.HubError, match="made with other settings"):
         hub_module.make_card(folder, "me/x", license="mit")
 

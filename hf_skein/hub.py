@@ -325,6 +325,8 @@ class _Attempt:
         deleted = sorted(path for path in present if _WEIGHTS.fullmatch(path) and path not in files)
 
         untouched = "is empty" if self.state.is_new else "is as it was"
+        if self.revision is not None and not self.revision.startswith("refs/"):
+            untouched += f", with a branch {self.revision}"
         self.state.text = (
             f"Nothing was committed: the repository {self.repo_id} {untouched}. Large files that have arrived are kept "
             "in the Hub's storage, unseen, and are not sent again: the same command continues."

@@ -484,8 +484,9 @@ def test_too_large(hub, push):
 
 def test_an_upload_that_failed_is_continued(hub, push, folder):
     hub.fail("POST .*/commit/", 403, message="Not now")
-    status, text = push()
-    assert status == 1 and "Nothing was committed" in text and "are not sent again" in text
+    status, text = push("--revision", "long")
+    assert status == 1 and "Nothing was committed: the repository me/x is empty, with a branch long." in text
+    assert "are not sent again" in text
     assert len(hub.requests("PUT /storage/")) == 1 and set(files(hub)) == {".gitattributes"}
     status, text = push()
     assert status == 0, text

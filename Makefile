@@ -45,7 +45,7 @@ test: lint
 test-oldest: $(OLDEST)/.installed
 	$(OLDEST)/bin/python -m pytest --numprocesses 2 tests/test_registration.py tests/test_model_families.py \
 		tests/test_convert_positions.py tests/test_convert_checkpoint.py tests/test_verify.py tests/test_longformer.py \
-		tests/test_finetune_classification.py
+		tests/test_finetune_classification.py tests/test_hub.py
 
 clean:
 	rm -rf $(VENV) $(OLDEST) demo-output

@@ -25,8 +25,8 @@ _HOMES = {"skein_attention": ".attention", "configure": ".registration"}
 def __getattr__(name: str):
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name], __name__), name)
-    if name == "convert":
-        return importlib.import_module(".convert", __name__)
+    if name in ("convert", "hub"):
+        return importlib.import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -37,6 +37,10 @@ class Residual(NamedTuple):
     metric: Tensor
     cross: Tensor
 
+    @property
+    def second_order(self) -> bool:
+        return self.metric.numel() > 0
+
 
 # --- kernels ---
 
@@ -144,7 +148,8 @@ def residual(
     """
     batch, heads, blocks, d = selection.columns.shape
     p, pv = key.shape[-1], value.shape[-1]
-    sizes = (num_strata, p), (num_strata, pv), (num_strata,), (p, p), (p, pv)
+    is_second_order = kind == "second_order"
+    sizes = (num_strata, p), (num_strata, pv), (num_strata,), (p * is_second_order, p), (p * is_second_order, pv)
     out = Residual(*(key.new_empty(batch, heads, blocks, *size, dtype=torch.float32) for size in sizes))
     if num_strata == 0:
         return out
@@ -166,7 +171,7 @@ def residual(
             p=x.shape[-1], C=num_strata, D=d, BC=tile[0], BT=tile[1], BN=c.keys, GEOMETRIC=geometric,
             PRECISION=precision(x), num_warps=c.warps, num_stages=c.stages,
         )  # fmt: skip
-    if kind != "second_order":
+    if not is_second_order:
         return out
     for x, mean, mean_x, result in (
         (key, key_mean, out.key, out.metric),

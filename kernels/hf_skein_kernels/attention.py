@@ -6,10 +6,10 @@ the logit bias `log N_c`, then the columns. With the scale `s`, `l_i = s q·k_i 
     z = 1 + s²/2 qᵀWq,    U = Σ_strata exp(l_c)
     output · (Σ_columns exp(l_i) + z U) = Σ_columns exp(l_i) v_i + z Σ_strata exp(l_c) v̄_c + s U Xᵀq
 
-Keys and values are less their means here; the mean value is added at the end. Logarithms and exponentials are to base 2.
+Keys and values are less their means here; the mean value is added at the end. Logarithms are to base 2.
 
-Backward, with the gradient `g` of a row, `P_i = exp(l_i)` over the row's mass, `μ = g·output`, `D_i = g·v_i`, `y = s Xg`
-and `u = Σ_strata P_c`:
+Backward, with the gradient `g` of a row, `P_i = exp(l_i)` over the row's mass, `μ = g·output`, `D_i = g·v_i`,
+`y = s Xg` and `u = Σ_strata P_c`:
 
     of l:  columns P_i (D_i - μ),  strata P_c (z (D_c - μ) + q·y);     of z: Σ_strata P_c (D_c - μ)
     of q:  s Σ (of l_i) k_i + s² (of z) Wq + u y;     of W: s²/2 (of z) q qᵀ;     of X: s u q gᵀ
@@ -19,8 +19,6 @@ and `u = Σ_strata P_c`:
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -28,10 +26,7 @@ from torch import Tensor
 
 from .layout import Layout, Selection
 from .residual import Residual
-from .tiles import config, kept, load_centred, load_rows, padded, precision, store_rows
-
-
-LOG2_E = math.log2(math.e)
+from .tiles import LOG2_E, config, dot, kept, load_centred, load_rows, padded, precision, store_rows
 
 
 # --- kernels ---
@@ -77,7 +72,7 @@ def forward_kernel(
         # [BM, P]
         p_query += i_b * query_stride_b + i_h * query_stride_h
         b_query = load_rows(p_query, query_stride_n, o_row, m_row, o_p, m_p)
-        scale_log2 = scale * 1.4426950408889634
+        scale_log2 = scale * LOG2_E
 
         b_max = tl.full([BM], -1e38, tl.float32)
         b_mass = tl.zeros([BM], tl.float32)
@@ -88,12 +83,12 @@ def forward_kernel(
             b_key = load_rows(p_mean_key + i_block * C * p, p, o_c, o_c < C, o_p, m_p).to(b_query.dtype)
             b_value = load_rows(p_mean_value + i_block * C * pv, pv, o_c, o_c < C, o_v, m_v).to(b_query.dtype)
             b_bias = tl.log2(tl.load(p_count + i_block * C + o_c, mask=o_c < C, other=0.0))
-            b_logit = tl.dot(b_query, tl.trans(b_key), input_precision=PRECISION) * scale_log2 + b_bias[None, :]
+            b_logit = dot(b_query, tl.trans(b_key), None, PRECISION) * scale_log2 + b_bias[None, :]
             b_new_max = tl.maximum(b_max, tl.max(b_logit, 1))
             b_weight, b_shrink = tl.exp2(b_logit - b_new_max[:, None]), tl.exp2(b_max - b_new_max)
             b_mass = b_mass * b_shrink + tl.sum(b_weight, 1)
             b_out = b_out * b_shrink[:, None]
-            b_out = tl.dot(b_weight.to(b_query.dtype), b_value, b_out, input_precision=PRECISION)
+            b_out = dot(b_weight.to(b_query.dtype), b_value, b_out, PRECISION)
             b_max = b_new_max
         if SECOND_ORDER:
             b_curvature = tl.zeros([BM], tl.float32)
@@ -105,10 +100,8 @@ def forward_kernel(
                 # [P, BT], [BT, PV]
                 b_metric = load_rows(p_metric + i_block * p * p, p, o_p, m_p, o_t, o_t < p)
                 b_cross = load_rows(p_cross + i_block * p * pv, pv, o_t, o_t < p, o_v, m_v)
-                b_curvature += tl.sum(
-                    tl.dot(b_query.to(tl.float32), b_metric, input_precision=PRECISION) * b_part, 1
-                )
-                b_linear = tl.dot(b_part, b_cross, b_linear, input_precision=PRECISION)
+                b_curvature += tl.sum(dot(b_query.to(tl.float32), b_metric, None, PRECISION) * b_part, 1)
+                b_linear = dot(b_part, b_cross, b_linear, PRECISION)
             b_z = 1.0 + tl.maximum(b_curvature, 0.0) * (scale * scale / 2)
             b_out = b_out * b_z[:, None] + b_linear * (b_mass * scale)[:, None]
             b_mass *= b_z
@@ -123,7 +116,7 @@ def forward_kernel(
             b_mean = tl.load(p_value_mean + i_kv * pv + o_v, mask=m_v, other=0.0)
             p_head = p_value + i_b * value_stride_b + (i_h // GROUP) * value_stride_h
             b_value = load_centred(p_head, value_stride_n, o_n, o_d < D, o_v, m_v, b_mean)
-            b_logit = tl.dot(b_query, tl.trans(b_key), input_precision=PRECISION) * scale_log2
+            b_logit = dot(b_query, tl.trans(b_key), None, PRECISION) * scale_log2
             b_logit = tl.where((o_d < D)[None, :], b_logit, -float("inf"))
             b_new_max = tl.maximum(b_max, tl.max(b_logit, 1))
             b_weight, b_shrink = tl.exp2(b_logit - b_new_max[:, None]), tl.exp2(b_max - b_new_max)
@@ -131,7 +124,7 @@ def forward_kernel(
             if DROPOUT:
                 b_weight *= kept(p_seed, rate, (i_bh * n_q + o_row)[:, None], o_n[None, :], n_k)
             b_out = b_out * b_shrink[:, None]
-            b_out = tl.dot(b_weight.to(b_query.dtype), b_value, b_out, input_precision=PRECISION)
+            b_out = dot(b_weight.to(b_query.dtype), b_value, b_out, PRECISION)
             b_max = b_new_max
 
         b_mean = tl.load(p_value_mean + i_kv * pv + o_v, mask=m_v, other=0.0)
@@ -148,7 +141,7 @@ def backward_query_kernel(
     query_stride_b, query_stride_h, query_stride_n, key_stride_b, key_stride_h, key_stride_n,
     value_stride_b, value_stride_h, value_stride_n, out_stride_b, out_stride_h, out_stride_n,
     grad_stride_b, grad_stride_h, grad_stride_n, grad_query_stride_b, grad_query_stride_h, grad_query_stride_n,
-    n_q, n_k, BH, H, GROUP, G, TILES, scale, rate,
+    n_q, n_k, H, GROUP, G, TILES, scale, rate,
     p: tl.constexpr, pv: tl.constexpr, P: tl.constexpr, PV: tl.constexpr, C: tl.constexpr, D: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr,
     SECOND_ORDER: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
@@ -176,7 +169,7 @@ def backward_query_kernel(
         b_value_mean = tl.load(p_value_mean + i_kv * pv + o_v, mask=m_v, other=0.0)
         b_mu = tl.sum((b_out - b_value_mean[None, :]) * b_grad.to(tl.float32), 1)
         b_lse = tl.load(p_lse + i_bh * n_q + o_row, mask=m_row, other=float("inf"))
-        scale_log2 = scale * 1.4426950408889634
+        scale_log2 = scale * LOG2_E
 
         b_z, b_share = tl.full([BM], 1.0, tl.float32), tl.zeros([BM], tl.float32)
         if SECOND_ORDER:
@@ -186,13 +179,13 @@ def backward_query_kernel(
                 # [BM, BT], [BT, P]
                 b_part = load_rows(p_query, query_stride_n, o_row, m_row, o_t, o_t < p).to(tl.float32)
                 b_tile = load_rows(p_metric + i_block * p * p, p, o_t, o_t < p, o_p, m_p)
-                b_metric = tl.dot(b_part, b_tile, b_metric, input_precision=PRECISION)
+                b_metric = dot(b_part, b_tile, b_metric, None, PRECISION)
             for first in range(0, pv, BT):
                 o_t = first + tl.arange(0, BT)
                 # [BM, BT], [P, BT]
                 b_part = load_rows(p_grad, grad_stride_n, o_row, m_row, o_t, o_t < pv).to(tl.float32)
                 b_tile = load_rows(p_cross + i_block * p * pv, pv, o_p, m_p, o_t, o_t < pv)
-                b_linear = tl.dot(b_part, tl.trans(b_tile), b_linear, input_precision=PRECISION)
+                b_linear = dot(b_part, tl.trans(b_tile), b_linear, PRECISION)
             b_linear *= scale
             b_curvature = tl.sum(b_metric * b_query.to(tl.float32), 1) * (scale * scale / 2)
             b_z += tl.maximum(b_curvature, 0.0)
@@ -206,13 +199,13 @@ def backward_query_kernel(
             b_key = load_rows(p_mean_key + i_block * C * p, p, o_c, o_c < C, o_p, m_p).to(b_query.dtype)
             b_value = load_rows(p_mean_value + i_block * C * pv, pv, o_c, o_c < C, o_v, m_v).to(b_query.dtype)
             b_bias = tl.log2(tl.load(p_count + i_block * C + o_c, mask=o_c < C, other=0.0))
-            b_logit = tl.dot(b_query, tl.trans(b_key), input_precision=PRECISION) * scale_log2 + b_bias[None, :]
+            b_logit = dot(b_query, tl.trans(b_key), None, PRECISION) * scale_log2 + b_bias[None, :]
             b_weight = tl.exp2(b_logit - b_lse[:, None])
-            b_of = tl.dot(b_grad, tl.trans(b_value), input_precision=PRECISION) - b_mu[:, None]
+            b_of = dot(b_grad, tl.trans(b_value), None, PRECISION) - b_mu[:, None]
             b_of_z += tl.sum(b_weight * b_of, 1)
             b_u += tl.sum(b_weight, 1)
             b_of = b_weight * (b_of * b_z[:, None] + b_share[:, None])
-            b_grad_query = tl.dot(b_of.to(b_query.dtype), b_key, b_grad_query, input_precision=PRECISION)
+            b_grad_query = dot(b_of.to(b_query.dtype), b_key, b_grad_query, PRECISION)
 
         for first in range(0, D, BN):
             o_d = first + tl.arange(0, BN)
@@ -223,13 +216,13 @@ def backward_query_kernel(
             b_key = load_centred(p_head, key_stride_n, o_n, o_d < D, o_p, m_p, b_mean)
             p_head = p_value + i_b * value_stride_b + (i_h // GROUP) * value_stride_h
             b_value = load_centred(p_head, value_stride_n, o_n, o_d < D, o_v, m_v, b_value_mean)
-            b_logit = tl.dot(b_query, tl.trans(b_key), input_precision=PRECISION) * scale_log2
+            b_logit = dot(b_query, tl.trans(b_key), None, PRECISION) * scale_log2
             b_weight = tl.where((o_d < D)[None, :], tl.exp2(b_logit - b_lse[:, None]), 0.0)
-            b_of = tl.dot(b_grad, tl.trans(b_value), input_precision=PRECISION)
+            b_of = dot(b_grad, tl.trans(b_value), None, PRECISION)
             if DROPOUT:
                 b_of *= kept(p_seed, rate, (i_bh * n_q + o_row)[:, None], o_n[None, :], n_k)
             b_of = b_weight * (b_of - b_mu[:, None])
-            b_grad_query = tl.dot(b_of.to(b_query.dtype), b_key, b_grad_query, input_precision=PRECISION)
+            b_grad_query = dot(b_of.to(b_query.dtype), b_key, b_grad_query, PRECISION)
 
         b_grad_query *= scale
         b_curvature = tl.where(b_z > 1.0, b_of_z, 0.0) * (scale * scale)
@@ -247,12 +240,12 @@ def backward_query_kernel(
 
 @triton.jit
 def backward_covariance_kernel(
-    p_query, p_right, p_rows, p_order, p_query_length, p_blocks, p_out,
+    p_query, p_right, p_rows, p_order, p_query_length, p_key_length, p_blocks, p_out,
     query_stride_b, query_stride_h, query_stride_n, right_stride_b, right_stride_h, right_stride_n, n_q, H, G,
-    p: tl.constexpr, pr: tl.constexpr, BP: tl.constexpr, BR: tl.constexpr, BM: tl.constexpr,
+    p: tl.constexpr, pr: tl.constexpr, D: tl.constexpr, BP: tl.constexpr, BR: tl.constexpr, BM: tl.constexpr,
     FACTOR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`Σ_rows factor · q rightᵀ` of a block: twice the gradient of `W` (`right` is the query), or that of `X`."""
+    """`Σ_rows factor · q rightᵀ / r` of a block: twice the gradient of `rW` (`right` is the query), or that of `rX`."""
     i_g, i_bh = tl.program_id(0) % G, (tl.program_id(0) // G).to(tl.int64)
     i_b, i_h = i_bh // H, i_bh % H
     blocks = tl.load(p_blocks + i_b)
@@ -271,7 +264,8 @@ def backward_covariance_kernel(
             p_head = p_right + i_b * right_stride_b + i_h * right_stride_h
             b_right = load_rows(p_head, right_stride_n, o_row, m_row, o_r, o_r < pr).to(tl.float32)
             b_factor = tl.load(p_rows + (i_bh * n_q + o_row) * 5 + FACTOR, mask=m_row, other=0.0)
-            b_sum = tl.dot(tl.trans(b_query * b_factor[:, None]), b_right, b_sum, input_precision=PRECISION)
+            b_sum = dot(tl.trans(b_query * b_factor[:, None]), b_right, b_sum, PRECISION)
+        b_sum = b_sum / (tl.load(p_key_length + i_b) - D)
     # Blocks that a sequence does not have are added up, too: zeros.
     store_rows(p_out + (i_bh * G + i_g) * p * pr, pr, o_p, o_p < p, o_r, o_r < pr, b_sum)
 
@@ -303,7 +297,7 @@ def backward_keys_kernel(
     m_i = o_i < n_i
     b_grad_key, b_grad_value = tl.zeros([BN, P], tl.float32), tl.zeros([BN, PV], tl.float32)
     if i_g < blocks:
-        scale_log2 = scale * 1.4426950408889634
+        scale_log2 = scale * LOG2_E
         if STRATA:
             b_count = tl.load(p_count + i_block * C + o_i, mask=m_i, other=0.0)
             b_bias = tl.log2(b_count)
@@ -337,9 +331,9 @@ def backward_keys_kernel(
             p_row = p_rows + (i_bh * n_q + o_row) * 5
             b_mu = tl.load(p_row, mask=m_row, other=0.0)
             # [BN, BM]
-            b_logit = tl.dot(b_key, tl.trans(b_query), input_precision=PRECISION) * scale_log2 + b_bias[:, None]
+            b_logit = dot(b_key, tl.trans(b_query), None, PRECISION) * scale_log2 + b_bias[:, None]
             b_weight = tl.exp2(b_logit - b_lse[None, :])
-            b_of = tl.dot(b_value, tl.trans(b_grad), input_precision=PRECISION)
+            b_of = dot(b_value, tl.trans(b_grad), None, PRECISION)
             if STRATA:
                 b_weight_z = b_weight * tl.load(p_row + 1, mask=m_row, other=0.0)[None, :]
                 b_share = tl.load(p_row + 2, mask=m_row, other=0.0)
@@ -351,8 +345,8 @@ def backward_keys_kernel(
                     b_keep = kept(p_seed, rate, (i_bh * n_q + o_row)[None, :], o_n[:, None], n_k)
                 b_of = b_weight * (b_of * b_keep - b_mu[None, :])
                 b_weight *= b_keep
-            b_grad_key = tl.dot(b_of.to(b_query.dtype), b_query, b_grad_key, input_precision=PRECISION)
-            b_grad_value = tl.dot(b_weight.to(b_grad.dtype), b_grad, b_grad_value, input_precision=PRECISION)
+            b_grad_key = dot(b_of.to(b_query.dtype), b_query, b_grad_key, PRECISION)
+            b_grad_value = dot(b_weight.to(b_grad.dtype), b_grad, b_grad_value, PRECISION)
         b_grad_key *= scale
 
         if STRATA:
@@ -408,9 +402,9 @@ def within_gradient(
         else:
             b_part = load_rows(p_key, key_stride, o_rows, m_rows, o_t, o_t < p)
         b_tile = load_rows(p_metric, p, o_t, o_t < p, o_p, o_p < p)
-        b_grad_key = tl.dot(b_part, b_tile, b_grad_key, input_precision=PRECISION)
+        b_grad_key = dot(b_part, b_tile, b_grad_key, PRECISION)
         b_tile = load_rows(p_cross, pv, o_t, o_t < p, o_v, o_v < pv)
-        b_grad_value = tl.dot(b_part, b_tile, b_grad_value, input_precision=PRECISION)
+        b_grad_value = dot(b_part, b_tile, b_grad_value, PRECISION)
     for first in range(0, pv, BT):
         o_t = first + tl.arange(0, BT)
         # [BN, BT], [P, BT]
@@ -420,7 +414,7 @@ def within_gradient(
         else:
             b_part = load_rows(p_value, value_stride, o_rows, m_rows, o_t, o_t < pv)
         b_tile = load_rows(p_cross, pv, o_p, o_p < p, o_t, o_t < pv)
-        b_grad_key = tl.dot(b_part, tl.trans(b_tile), b_grad_key, input_precision=PRECISION)
+        b_grad_key = dot(b_part, tl.trans(b_tile), b_grad_key, PRECISION)
     return b_grad_key, b_grad_value
 
 
@@ -572,9 +566,9 @@ def backward(
             c = config("blocks", padded(p), padded(pr))
             tile = min(c.rows, padded(p)), min(64, padded(pr))
             backward_covariance_kernel[(bh * blocks, triton.cdiv(p, tile[0]), triton.cdiv(pr, tile[1]))](
-                query, right, rows, selection.order, layout.query_length, layout.blocks, result,
+                query, right, rows, selection.order, layout.query_length, layout.key_length, layout.blocks, result,
                 *query.stride()[:3], *right.stride()[:3], n_q, heads, blocks,
-                p=p, pr=pr, BP=tile[0], BR=tile[1], BM=c.keys, FACTOR=factor, PRECISION=precision(query),
+                p=p, pr=pr, D=d, BP=tile[0], BR=tile[1], BM=c.keys, FACTOR=factor, PRECISION=precision(query),
                 num_warps=c.warps, num_stages=c.stages,
             )  # fmt: skip
 

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .layout import Layout
-from .tiles import config, kept, load_rows, padded, precision, store_rows
+from .tiles import LOG2_E, config, dot, kept, load_rows, padded, precision, store_rows
 
 
 CHUNK = 1024  # keys
@@ -73,7 +73,7 @@ def forward_kernel(
             b_key = load_rows(p_head, key_stride_n, o_n, m_rank, o_p, m_p)
             p_head = p_value + i_b * value_stride_b + (i_h // GROUP) * value_stride_h
             b_value = load_rows(p_head, value_stride_n, o_n, m_rank, o_v, m_v)
-            b_logit = tl.dot(b_query, tl.trans(b_key), input_precision=PRECISION) * (scale * 1.4426950408889634)
+            b_logit = dot(b_query, tl.trans(b_key), None, PRECISION) * (scale * LOG2_E)
             b_logit = tl.where(m_rank[None, :], b_logit, -float("inf"))
             b_new_max = tl.maximum(b_max, tl.max(b_logit, 1))
             b_weight, b_shrink = tl.exp2(b_logit - b_new_max[:, None]), tl.exp2(b_max - b_new_max)
@@ -81,7 +81,7 @@ def forward_kernel(
             if DROPOUT:
                 b_weight *= kept(p_seed, rate, (i_bh * n_q + o_row)[:, None], o_n[None, :], n_k)
             b_out = b_out * b_shrink[:, None]
-            b_out = tl.dot(b_weight.to(b_query.dtype), b_value, b_out, input_precision=PRECISION)
+            b_out = dot(b_weight.to(b_query.dtype), b_value, b_out, PRECISION)
             b_max = b_new_max
         b_out = tl.where(b_mass[:, None] > 0, b_out / b_mass[:, None], 0.0)
         b_lse = b_max + tl.log2(b_mass)
@@ -170,13 +170,13 @@ def backward_query_kernel(
             b_key = load_rows(p_head, key_stride_n, o_n, m_rank, o_p, m_p)
             p_head = p_value + i_b * value_stride_b + (i_h // GROUP) * value_stride_h
             b_value = load_rows(p_head, value_stride_n, o_n, m_rank, o_v, m_v)
-            b_logit = tl.dot(b_query, tl.trans(b_key), input_precision=PRECISION) * (scale * 1.4426950408889634)
+            b_logit = dot(b_query, tl.trans(b_key), None, PRECISION) * (scale * LOG2_E)
             b_weight = tl.where(m_rank[None, :], tl.exp2(b_logit - b_lse[:, None]), 0.0)
-            b_of = tl.dot(b_grad, tl.trans(b_value), input_precision=PRECISION)
+            b_of = dot(b_grad, tl.trans(b_value), None, PRECISION)
             if DROPOUT:
                 b_of *= kept(p_seed, rate, (i_bh * n_q + o_row)[:, None], o_n[None, :], n_k)
             b_of = b_weight * (b_of - b_mu[:, None])
-            b_grad_query = tl.dot(b_of.to(b_query.dtype), b_key, b_grad_query, input_precision=PRECISION)
+            b_grad_query = dot(b_of.to(b_query.dtype), b_key, b_grad_query, PRECISION)
         b_grad_query *= scale
         if LISTED:
             o_m = i_tile * BM + tl.arange(0, BM)
@@ -213,14 +213,16 @@ def backward_keys_kernel(
         b_value = load_rows(p_head, value_stride_n, o_n, m_n, o_v, m_v)
         b_grad_key, b_grad_value = tl.zeros([BN, P], tl.float32), tl.zeros([BN, PV], tl.float32)
         is_listed = tl.load(p_blocks + i_b) > 0
-        count = tl.where(is_listed, R, tl.load(p_query_length + i_b))
-        for i_step in range(0, GROUP * tl.cdiv(count, BM)):
+        listed = tl.where(is_listed, R, 0)
+        unlisted = tl.where(is_listed, 0, tl.load(p_query_length + i_b))
+        for i_step in range(0, GROUP * tl.cdiv(listed + unlisted, BM)):
             i_h = i_head * GROUP + i_step % GROUP
             i_bh = i_b * H + i_h
             o_m = i_step // GROUP * BM + tl.arange(0, BM)
-            b_listed = tl.load(p_exact_rows + i_bh * R + o_m, mask=is_listed & (o_m < count), other=-1)
-            b_any = tl.load(p_query_index + i_b * n_q + o_m, mask=(o_m < count) & (o_m < n_q), other=-1)
-            o_row = tl.where(is_listed, b_listed, b_any)
+            # One of the two is empty.
+            b_listed = tl.load(p_exact_rows + i_bh * R + o_m, mask=o_m < listed, other=-1)
+            b_unlisted = tl.load(p_query_index + i_b * n_q + o_m, mask=o_m < unlisted, other=-1)
+            o_row = tl.maximum(b_listed, b_unlisted)
             m_row = o_row >= 0
             # [BM, P], [BM, PV]
             p_head = p_query + i_b * query_stride_b + i_h * query_stride_h
@@ -230,17 +232,15 @@ def backward_keys_kernel(
             b_lse = tl.load(p_lse + i_bh * n_q + o_row, mask=m_row, other=float("inf"))
             b_mu = tl.load(p_mu + i_bh * n_q + o_row, mask=m_row, other=0.0)
             # [BN, BM]
-            b_logit = tl.dot(b_key, tl.trans(b_query), input_precision=PRECISION) * (scale * 1.4426950408889634)
+            b_logit = dot(b_key, tl.trans(b_query), None, PRECISION) * (scale * LOG2_E)
             b_weight = tl.exp2(b_logit - b_lse[None, :])
-            b_of = tl.dot(b_value, tl.trans(b_grad), input_precision=PRECISION)
+            b_of = dot(b_value, tl.trans(b_grad), None, PRECISION)
             b_keep = tl.full([BN, BM], 1.0, tl.float32)
             if DROPOUT:
                 b_keep = kept(p_seed, rate, (i_bh * n_q + o_row)[None, :], o_n[:, None], n_k)
             b_of = b_weight * (b_of * b_keep - b_mu[None, :])
-            b_grad_key = tl.dot(b_of.to(b_query.dtype), b_query, b_grad_key, input_precision=PRECISION)
-            b_grad_value = tl.dot(
-                (b_weight * b_keep).to(b_grad.dtype), b_grad, b_grad_value, input_precision=PRECISION
-            )
+            b_grad_key = dot(b_of.to(b_query.dtype), b_query, b_grad_key, PRECISION)
+            b_grad_value = dot((b_weight * b_keep).to(b_grad.dtype), b_grad, b_grad_value, PRECISION)
         store_rows(p_grad_key + i_kv * n_k * p, p, o_n, m_n, o_p, m_p, b_grad_key * scale)
         store_rows(p_grad_value + i_kv * n_k * pv, pv, o_n, m_n, o_v, m_v, b_grad_value)
 
@@ -281,7 +281,7 @@ def forward(
         part = part_lse = None
         if listed:
             part = query.new_empty(*exact_rows.shape[:2], chunks, rows, value.shape[-1], dtype=torch.float32)
-            part_lse = part[..., 0].contiguous()
+            part_lse = part.new_empty(part.shape[:-1])
         forward_kernel[(query.shape[0] * query.shape[1] * common[5] * chunks,)](
             query, key, value, part if listed else out, part_lse if listed else lse, exact_rows,
             layout.query_index, layout.query_length, layout.key_index, layout.key_length, layout.blocks, seed,

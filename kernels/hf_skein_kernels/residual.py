@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import moments
 from .layout import Layout, Selection
-from .tiles import config, load_centred, load_rows, padded, precision, store_rows
+from .tiles import config, dot, load_centred, load_rows, padded, precision, store_rows
 
 
 class Residual(NamedTuple):
@@ -66,8 +66,8 @@ def means_kernel(
             p_head = p_x + i_b * stride_b + (i_kv % (H // GROUP)) * stride_h
             # [BN, BT]
             b_x = load_centred(p_head, stride_n, o_n, o_d < D, o_p, o_p < p, b_mean)
-            b_members = (b_stratum[None, :] == o_c[:, None]).to(b_x.dtype)  # [BC, BN]
-            b_sum = tl.dot(b_members, b_x, b_sum, input_precision=PRECISION)
+            b_members = (b_stratum[None, :] == o_c[:, None]).to(tl.float32).to(b_x.dtype)  # [BC, BN]
+            b_sum = dot(b_members, b_x, b_sum, PRECISION)
             b_drawn += tl.sum(b_members.to(tl.float32), 1)
         b_count = tl.load(p_size + i_kv * C + o_c, mask=o_c < C, other=0.0) - b_drawn
         if GEOMETRIC:
@@ -107,14 +107,14 @@ def covariance_kernel(
             # [BN, BR]
             p_head = p_right + i_b * right_stride_b + i_head * right_stride_h
             b_right = load_centred(p_head, right_stride_n, o_n, o_d < D, o_r, o_r < pr, b_right_mean)
-            b_drawn = tl.dot(tl.trans(b_key), b_right, b_drawn, input_precision=PRECISION)
+            b_drawn = dot(tl.trans(b_key), b_right, b_drawn, PRECISION)
         for first in range(0, C, BN):
             o_c = first + tl.arange(0, BN)
             b_count = tl.load(p_count + i_block * C + o_c, mask=o_c < C, other=0.0)
             # [BN, BP] and [BN, BR]
             b_key = load_rows(p_mean_key + i_block * C * p, p, o_c, o_c < C, o_p, o_p < p)
             b_right = load_rows(p_mean_right + i_block * C * pr, pr, o_c, o_c < C, o_r, o_r < pr)
-            b_drawn = tl.dot(tl.trans(b_key * b_count[:, None]), b_right, b_drawn, input_precision=PRECISION)
+            b_drawn = dot(tl.trans(b_key * b_count[:, None]), b_right, b_drawn, PRECISION)
         # [BP, BR]
         b_total = load_rows(p_total + i_kv * p * pr, pr, o_p, o_p < p, o_r, o_r < pr)
         rest = tl.load(p_length + i_b) - D

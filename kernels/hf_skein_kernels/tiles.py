@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -51,6 +52,20 @@ def padded(p: int) -> int:
 def precision(x: Tensor) -> str:
     """How float32 tiles are multiplied: as they are, unless the inputs are shorter or PyTorch allows TF32."""
     return "ieee" if x.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32 else "tf32"
+
+
+LOG2_E = tl.constexpr(math.log2(math.e))
+
+# Triton's interpreter multiplies bfloat16 as if it were integers; there, float32 stands in, whose products are as exact.
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def dot(b_left, b_right, b_sum, PRECISION: tl.constexpr):
+    """`b_sum + b_left @ b_right`, the sum in float32; `b_sum` may be None."""
+    if INTERPRETED:
+        b_left, b_right = b_left.to(tl.float32), b_right.to(tl.float32)
+    return tl.dot(b_left, b_right, b_sum, input_precision=PRECISION)
 
 
 @triton.jit

@@ -56,7 +56,7 @@ def precision(x: Tensor) -> str:
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 
-# Triton's interpreter multiplies bfloat16 as if it were integers; there, float32 stands in, whose products are as exact.
+# Triton's interpreter multiplies bfloat16 as if it were integers; there, it is widened first.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 

@@ -179,7 +179,7 @@ def backward_query_kernel(
                 # [BM, BT], [BT, P]
                 b_part = load_rows(p_query, query_stride_n, o_row, m_row, o_t, o_t < p).to(tl.float32)
                 b_tile = load_rows(p_metric + i_block * p * p, p, o_t, o_t < p, o_p, m_p)
-                b_metric = dot(b_part, b_tile, b_metric, None, PRECISION)
+                b_metric = dot(b_part, b_tile, b_metric, PRECISION)
             for first in range(0, pv, BT):
                 o_t = first + tl.arange(0, BT)
                 # [BM, BT], [P, BT]

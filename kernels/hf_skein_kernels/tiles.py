@@ -33,6 +33,10 @@ CONFIGS: dict[str, dict[int, Config]] = {
     "forward": {64: Config(64, 64, 4, 2), 128: Config(64, 64, 4, 2), 256: Config(64, 32, 8, 1)},
     "backward_query": {64: Config(64, 32, 4, 2), 128: Config(64, 32, 8, 2), 256: Config(32, 16, 8, 1)},
     "backward_keys": {64: Config(64, 32, 4, 2), 128: Config(64, 32, 8, 2), 256: Config(32, 16, 8, 1)},
+    "covariance": {64: Config(0, 64, 4, 2), 128: Config(0, 64, 8, 2), 256: Config(0, 32, 8, 1)},
+    "components": {64: Config(0, 64, 4, 1), 128: Config(0, 64, 4, 1), 256: Config(0, 32, 8, 1)},
+    "points": {64: Config(0, 128, 4, 2), 128: Config(0, 128, 4, 2), 256: Config(0, 64, 4, 2)},
+    "strata": {64: Config(0, 64, 4, 2), 128: Config(0, 64, 8, 2), 256: Config(0, 32, 8, 1)},
     "exact": {64: Config(64, 64, 4, 2), 128: Config(64, 64, 4, 2), 256: Config(32, 32, 8, 1)},
 }
 
@@ -51,6 +55,18 @@ def padded(p: int) -> int:
 def precision(x: Tensor) -> str:
     """How float32 tiles are multiplied: as they are, unless the inputs are shorter or PyTorch allows TF32."""
     return "ieee" if x.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32 else "tf32"
+
+
+# Triton's interpreter multiplies bfloat16 as if it were integers; there, float32 stands in, whose products are as exact.
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def dot(b_left, b_right, b_sum, PRECISION: tl.constexpr):
+    """`b_sum + b_left @ b_right`, the sum in float32; `b_sum` may be None."""
+    if INTERPRETED:
+        b_left, b_right = b_left.to(tl.float32), b_right.to(tl.float32)
+    return tl.dot(b_left, b_right, b_sum, input_precision=PRECISION)
 
 
 @triton.jit

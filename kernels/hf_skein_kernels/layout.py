@@ -37,7 +37,7 @@ class Selection(NamedTuple):
     `order`.
 
     Attributes:
-        order: `[B, H, n_q]`, query positions block by block, valid ones first.
+        order: `[B, H, n_q]`, query positions block by block, valid ones first; `-1 - position` for an exact row.
         columns: `[B, H, blocks, d]`, key positions.
         exact_rows: `[B, H, r]`, query positions computed over all keys; -1 where there is none. Distinct.
         stratum: `[B, HK, n_k]`, the stratum of the key at each position.
@@ -47,6 +47,19 @@ class Selection(NamedTuple):
     columns: Tensor
     exact_rows: Tensor
     stratum: Tensor
+
+
+def mark_exact(selection: Selection) -> Selection:
+    """`selection` with repeated exact rows turned into -1, and exact rows marked in `order`."""
+    rows = selection.exact_rows.sort(-1).values
+    repeated = torch.zeros_like(rows, dtype=torch.bool)
+    repeated[..., 1:] = rows[..., 1:] == rows[..., :-1]
+    rows = rows.masked_fill(repeated, -1)
+    order, n = selection.order.long(), selection.order.shape[-1]
+    is_exact = torch.zeros(*order.shape[:2], n + 1, dtype=torch.bool, device=order.device)
+    is_exact.scatter_(2, torch.where(rows < 0, n, rows).long(), True)
+    order = torch.where(is_exact.gather(2, order), -1 - order, order)
+    return selection._replace(order=order.int(), exact_rows=rows)
 
 
 def num_blocks(num_queries: int, block_size: int, max_blocks: int) -> int:

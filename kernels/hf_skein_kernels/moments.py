@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tiles import config, load_centred, load_rows, padded, precision
+from .tiles import config, dot, load_centred, load_rows, padded, precision
 
 
 CHUNK = 1024  # keys
@@ -66,7 +66,7 @@ def product_kernel(
         )  # fmt: skip
         if STRATA:
             b_stratum = tl.load(p_stratum + i_bh * n + o_n, mask=m_rank, other=-1)
-            b_left = (b_stratum[None, :] == o_p[:, None]).to(b_right.dtype)  # [BP, BN]
+            b_left = (b_stratum[None, :] == o_p[:, None]).to(tl.float32).to(b_right.dtype)  # [BP, BN]
             b_count += tl.sum(b_left.to(tl.float32), 1)
         else:
             # [BP, BN]
@@ -76,7 +76,7 @@ def product_kernel(
                     b_left_mean,
                 )
             )  # fmt: skip
-        b_sum = tl.dot(b_left, b_right, b_sum, input_precision=PRECISION)
+        b_sum = dot(b_left, b_right, b_sum, PRECISION)
     p_tile = p_out + ((i_bh * CHUNKS + i_chunk) * p + o_p[:, None]) * pr + o_r[None, :]
     tl.store(p_tile, b_sum, mask=(o_p < p)[:, None] & (o_r < pr)[None, :])
     if STRATA:  # programs of other columns write the same
@@ -138,7 +138,9 @@ def _products(left, right, left_mean, right_mean, stratum, index, length, rows: 
     batch, heads, n, pr = right.shape
     chunks = triton.cdiv(n, CHUNK)
     out = torch.empty(batch, heads, chunks, rows, pr, dtype=torch.float32, device=right.device)
-    count = torch.empty(batch, heads, chunks, rows if stratum is not None else 0, dtype=torch.float32, device=out.device)
+    count = torch.empty(
+        batch, heads, chunks, rows if stratum is not None else 0, dtype=torch.float32, device=out.device
+    )
     c = config("moments", padded(pr))
     tile = min(64, padded(rows)), min(64, padded(pr))
     product_kernel[(batch * heads * chunks, triton.cdiv(rows, tile[0]), triton.cdiv(pr, tile[1]))](

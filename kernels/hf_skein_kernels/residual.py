@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import moments
 from .layout import Layout, Selection
-from .tiles import config, load_centred, load_rows, padded, precision, store_rows
+from .tiles import config, dot, load_centred, load_rows, padded, precision, store_rows
 
 
 class Residual(NamedTuple):
@@ -36,6 +36,10 @@ class Residual(NamedTuple):
     count: Tensor
     metric: Tensor
     cross: Tensor
+
+    @property
+    def second_order(self) -> bool:
+        return self.metric.numel() > 0
 
 
 # --- kernels ---
@@ -62,8 +66,8 @@ def means_kernel(
             p_head = p_x + i_b * stride_b + (i_kv % (H // GROUP)) * stride_h
             # [BN, BT]
             b_x = load_centred(p_head, stride_n, o_n, o_d < D, o_p, o_p < p, b_mean)
-            b_members = (b_stratum[None, :] == o_c[:, None]).to(b_x.dtype)  # [BC, BN]
-            b_sum = tl.dot(b_members, b_x, b_sum, input_precision=PRECISION)
+            b_members = (b_stratum[None, :] == o_c[:, None]).to(tl.float32).to(b_x.dtype)  # [BC, BN]
+            b_sum = dot(b_members, b_x, b_sum, PRECISION)
             b_drawn += tl.sum(b_members.to(tl.float32), 1)
         b_count = tl.load(p_size + i_kv * C + o_c, mask=o_c < C, other=0.0) - b_drawn
         if GEOMETRIC:
@@ -103,14 +107,14 @@ def covariance_kernel(
             # [BN, BR]
             p_head = p_right + i_b * right_stride_b + i_head * right_stride_h
             b_right = load_centred(p_head, right_stride_n, o_n, o_d < D, o_r, o_r < pr, b_right_mean)
-            b_drawn = tl.dot(tl.trans(b_key), b_right, b_drawn, input_precision=PRECISION)
+            b_drawn = dot(tl.trans(b_key), b_right, b_drawn, PRECISION)
         for first in range(0, C, BN):
             o_c = first + tl.arange(0, BN)
             b_count = tl.load(p_count + i_block * C + o_c, mask=o_c < C, other=0.0)
             # [BN, BP] and [BN, BR]
             b_key = load_rows(p_mean_key + i_block * C * p, p, o_c, o_c < C, o_p, o_p < p)
             b_right = load_rows(p_mean_right + i_block * C * pr, pr, o_c, o_c < C, o_r, o_r < pr)
-            b_drawn = tl.dot(tl.trans(b_key * b_count[:, None]), b_right, b_drawn, input_precision=PRECISION)
+            b_drawn = dot(tl.trans(b_key * b_count[:, None]), b_right, b_drawn, PRECISION)
         # [BP, BR]
         b_total = load_rows(p_total + i_kv * p * pr, pr, o_p, o_p < p, o_r, o_r < pr)
         rest = tl.load(p_length + i_b) - D
@@ -144,7 +148,8 @@ def residual(
     """
     batch, heads, blocks, d = selection.columns.shape
     p, pv = key.shape[-1], value.shape[-1]
-    sizes = (num_strata, p), (num_strata, pv), (num_strata,), (p, p), (p, pv)
+    is_second_order = kind == "second_order"
+    sizes = (num_strata, p), (num_strata, pv), (num_strata,), (p * is_second_order, p), (p * is_second_order, pv)
     out = Residual(*(key.new_empty(batch, heads, blocks, *size, dtype=torch.float32) for size in sizes))
     if num_strata == 0:
         return out
@@ -166,7 +171,7 @@ def residual(
             p=x.shape[-1], C=num_strata, D=d, BC=tile[0], BT=tile[1], BN=c.keys, GEOMETRIC=geometric,
             PRECISION=precision(x), num_warps=c.warps, num_stages=c.stages,
         )  # fmt: skip
-    if kind != "second_order":
+    if not is_second_order:
         return out
     for x, mean, mean_x, result in (
         (key, key_mean, out.key, out.metric),

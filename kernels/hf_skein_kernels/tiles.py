@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -57,7 +58,9 @@ def precision(x: Tensor) -> str:
     return "ieee" if x.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32 else "tf32"
 
 
-# Triton's interpreter multiplies bfloat16 as if it were integers; there, float32 stands in, whose products are as exact.
+LOG2_E = tl.constexpr(math.log2(math.e))
+
+# Triton's interpreter multiplies bfloat16 as if it were integers; there, it is widened first.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 

@@ -113,13 +113,13 @@ def assign(key: Tensor, key_mean: Tensor, count: int, layout: Layout) -> Tensor:
         layout: Where the valid keys are.
 
     Returns:
-        `[B, HK, n_k]` int32, below `count`; undefined where a key is padding or its sequence is not sketched.
+        `[B, HK, n_k]` int32, below `count`; 0 where a key is padding or its sequence is not sketched.
     """
     batch, heads, n, p = key.shape
     if count == 1:
         return torch.zeros(batch, heads, n, dtype=torch.int32, device=key.device)
     means = torch.empty(batch, heads, count, p, dtype=torch.float32, device=key.device)
-    out = torch.empty(batch, heads, n, dtype=torch.int32, device=key.device)
+    out = torch.zeros(batch, heads, n, dtype=torch.int32, device=key.device)
     conf, chunks = config("strata", padded(p), padded(count)), triton.cdiv(n, CHUNK)
     shared = dict(
         p=p, P=padded(p), c=count, C=padded(count), BN=conf.keys, PRECISION=precision(key),

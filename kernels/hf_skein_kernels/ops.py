@@ -1,6 +1,4 @@
-"""The operators `hf_skein::select`, `hf_skein::attend` and its gradient, with what PyTorch asks of an operator: shapes for
-`torch.compile`, autograd; and `skein_attention`, which composes them.
-"""
+"""The operators `hf_skein::select`, `hf_skein::attend` and its gradient, and `skein_attention`, which composes them."""
 
 from __future__ import annotations
 
@@ -302,8 +300,8 @@ def skein_attention(
     if kind != "second_order":
         num_strata = 1
     constants = select(
-        query.detach(), key.detach(), value.detach(), query_mask, key_mask, method, max_blocks, block_size, exact_length,
-        num_columns, num_strata, num_pilots, exact_rows, pilot_reutilization, uniform, seed, layer, scale,
+        query.detach(), key.detach(), value.detach(), query_mask, key_mask, method, max_blocks, block_size,
+        exact_length, num_columns, num_strata, num_pilots, exact_rows, pilot_reutilization, uniform, seed, layer, scale,
     )  # fmt: skip
     dropout_seed = torch.randint(2**62, (1,), device=query.device) if dropout else None
     is_ragged = query_mask is not None or key_mask is not None

@@ -66,7 +66,7 @@ def skein_attention(
         ValueError: Shapes, dtypes or the mask do not fit, or `backend="triton"` cannot compute this; the message says
             what was given and what is expected.
     """
-    config = (config or SkeinConfig()).for_layer(layer)
+    config = (SkeinConfig() if config is None else config).for_layer(layer)
     _check_shapes(query, key, value)
     if scaling is None:
         scaling = query.shape[-1] ** -0.5

@@ -284,6 +284,8 @@ def _skein_config(config: PretrainedConfig | None) -> SkeinConfig:
         return SkeinConfig()
     if isinstance(values, SkeinConfig):
         config.skein = values = values.to_dict()
+    if torch.compiler.is_compiling():  # a graph reads the fields and is guarded by them
+        return SkeinConfig.from_dict(values)
     try:
         text = json.dumps(values, sort_keys=True)
     except TypeError as error:

@@ -57,8 +57,9 @@ def mark_exact(selection: Selection) -> Selection:
     rows = rows.masked_fill(repeated, -1)
     order, n = selection.order.long(), selection.order.shape[-1]
     is_exact = torch.zeros(*order.shape[:2], n + 1, dtype=torch.bool, device=order.device)
-    is_exact.scatter_(2, torch.where(rows < 0, n, rows).long(), True)
-    order = torch.where(is_exact.gather(2, order), -1 - order, order)
+    # Whatever stands where nothing is defined must not lead astray.
+    is_exact.scatter_(2, torch.where((rows < 0) | (rows > n), n, rows).long(), True)
+    order = torch.where(is_exact.gather(2, order.clamp(0, n)), -1 - order, order)
     return selection._replace(order=order.int(), exact_rows=rows)
 
 

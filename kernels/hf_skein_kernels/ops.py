@@ -120,11 +120,12 @@ def attend(
 
     Returns:
         `[B, H, n_q, pv]` in the dtype of `query`, laid out in memory as `[B, n_q, H, pv]`, and `[B, H, n_q]` float32,
-        the logarithm (to base 2) of each row's mass.
+        the logarithm (to base 2) of each row's mass; zeros in rows of padding.
     """
     out, lse = _outputs(query, value)
     if is_ragged:
         out.zero_()
+        lse.zero_()
     with torch.autocast(query.device.type, enabled=False):
         means, chosen, layout = _unpack(constants, query, most_blocks, block_size, dropout)
         rest = residual(key, value, *means, chosen, layout, _strata(num_strata, kind), kind)

@@ -1,4 +1,4 @@
-"""`backend="triton"` from end to end: selection and attention composed, dispatch, and what PyTorch asks of an operator."""
+"""`backend="triton"` from end to end: selection and attention composed, dispatch, and what PyTorch asks."""
 
 import logging
 
@@ -177,17 +177,19 @@ def test_opcheck(poisoned):
     torch.library.opcheck(ops.attend_backward, (torch.randn_like(output), *detached, output, lse, *options))
 
 
-def bert(**fields):
+def bert(skein, **fields):
     torch.manual_seed(0)
     sizes = {**TINY, "num_hidden_layers": 1, "attention_probs_dropout_prob": 0.0, "hidden_dropout_prob": 0.0, **fields}
-    model = AutoModel.from_config(BertConfig(**sizes), attn_implementation="skein").to(DEVICE)
-    hf_skein.configure(model, **{**SMALL, "num_columns": 8, "num_strata": 4, "max_blocks": 2})
+    config = BertConfig(**sizes)
+    model = AutoModel.from_config(config, attn_implementation="skein", add_pooling_layer=False).to(DEVICE)
+    hf_skein.configure(model, **{**SMALL, "num_columns": 8, "num_strata": 2, "max_blocks": 2, **skein})
     return model
 
 
 def batch(n):
     ids = torch.randint(3, 99, (2, n), device=DEVICE)
-    return {"input_ids": ids, "attention_mask": (torch.arange(n, device=DEVICE) < n - 9 * ids[:, :1] % 2).long()}
+    mask = torch.arange(n, device=DEVICE) < torch.tensor([[n], [n - 3]], device=DEVICE)
+    return {"input_ids": ids, "attention_mask": mask.long()}
 
 
 def run(model, call, tokens):
@@ -198,21 +200,21 @@ def run(model, call, tokens):
 
 
 def test_a_compiled_model_is_one_graph_for_all_lengths():
-    model = bert()
+    model = bert({"block_size": 16})
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
-    tokens = batch(40)
+    tokens = batch(20)
     for result, wanted in zip(run(model, compiled, tokens), run(model, model, tokens), strict=True):
         torch.testing.assert_close(result, wanted)
     with torch.compiler.set_stance("fail_on_recompile"):
-        tokens = batch(75)
+        tokens = batch(35)
         results = run(model, compiled, tokens)
     for result, wanted in zip(results, run(model, model, tokens), strict=True):
         torch.testing.assert_close(result, wanted)
 
 
-def test_checkpointing_autocast_and_functional_call(poisoned):
-    model = bert(hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.2).train()
-    tokens = batch(40)
+def test_checkpointing_autocast_and_functional_call():
+    model = bert({"method": "skeinformer"}, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.2).train()
+    tokens = batch(25)
     torch.manual_seed(1)
     wanted = run(model, model, tokens)
     torch.manual_seed(1)

@@ -504,7 +504,7 @@ def forward(
     """
     batch, heads, n_q, p = query.shape
     pv, blocks = value.shape[-1], selection.columns.shape[2]
-    c = config("forward", padded(p), padded(pv))
+    c = config("forward", padded(p), padded(pv), like=query, dropout=dropout)
     tiles = num_tiles(n_q, blocks, c.rows)
     forward_kernel[(batch * heads * tiles,)](
         query, key, value, out, lse, selection.order, selection.columns, key_mean, value_mean,
@@ -551,7 +551,7 @@ def backward(
     options = {"SECOND_ORDER": rest.second_order, "DROPOUT": dropout > 0, "PRECISION": precision(query)}
 
     rows = query.new_empty(batch, heads, n_q, 5, dtype=torch.float32)
-    c = config("backward_query", padded(p), padded(pv))
+    c = config("backward_query", padded(p), padded(pv), like=query, dropout=dropout)
     tiles = num_tiles(n_q, blocks, c.rows)
     backward_query_kernel[(bh * tiles,)](
         query, key, value, out, grad, lse, selection.order, selection.columns, key_mean, value_mean,
@@ -576,7 +576,7 @@ def backward(
 
     grad_means = torch.empty_like(rest.key), torch.empty_like(rest.value)
     grad_columns = tuple(query.new_empty(*selection.columns.shape, x, dtype=torch.float32) for x in (p, pv))
-    c = config("backward_keys", padded(p), padded(pv))
+    c = config("backward_keys", padded(p), padded(pv), like=query, dropout=dropout)
     for is_strata, count, result in ((True, strata, grad_means), (False, d, grad_columns)):
         if count == 0:
             continue

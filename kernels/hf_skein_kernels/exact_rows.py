@@ -333,7 +333,7 @@ def backward(
     batch, heads, n_q, p = query.shape
     kv_heads, n_k, pv = value.shape[1:]
     grads = tuple(query.new_empty(batch, kv_heads, n_k, x, dtype=torch.float32) for x in (p, pv))
-    c = config("backward_keys", padded(p), padded(pv))
+    c = config("backward_keys", padded(p), padded(pv), like=query, dropout=dropout)
     tiles = triton.cdiv(n_k, c.rows)
     backward_keys_kernel[(tiles * batch * kv_heads,)](
         query, key, value, grad, lse, mu, exact_rows,
@@ -355,7 +355,7 @@ def _launches(exact_rows: Tensor, query: Tensor, key: Tensor, ragged: bool) -> l
 def _arguments(query, key, value, layout, exact_rows, listed: bool, rows: int, chunk: int, dropout: float):
     """The number of chunks, and what the kernels that own rows have in common."""
     heads, p, pv = query.shape[1], query.shape[-1], value.shape[-1]
-    c = config("exact", padded(p), padded(pv))
+    c = config("exact", padded(p), padded(pv), like=query, dropout=dropout)
     tile = min(c.rows, padded(rows))
     chunks = triton.cdiv(key.shape[2], chunk)
     numbers = (

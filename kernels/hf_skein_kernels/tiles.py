@@ -31,9 +31,9 @@ class Config(NamedTuple):
 CONFIGS: dict[str, dict[int, Config]] = {
     "moments": {64: Config(64, 64, 4, 2), 128: Config(64, 64, 4, 2), 256: Config(32, 32, 4, 2)},
     "blocks": {64: Config(64, 32, 4, 2), 128: Config(64, 32, 4, 2), 256: Config(32, 32, 8, 1)},
-    "forward": {64: Config(64, 64, 4, 2), 128: Config(64, 64, 4, 2), 256: Config(64, 32, 8, 1)},
-    "backward_query": {64: Config(64, 32, 4, 2), 128: Config(64, 32, 8, 2), 256: Config(32, 16, 8, 1)},
-    "backward_keys": {64: Config(64, 32, 4, 2), 128: Config(64, 32, 8, 2), 256: Config(32, 16, 8, 1)},
+    "forward": {64: Config(64, 64, 4, 2), 128: Config(64, 64, 8, 2), 256: Config(32, 32, 8, 1), 512: Config(16, 16, 8, 1)},
+    "backward_query": {64: Config(64, 32, 4, 2), 128: Config(32, 32, 8, 2), 256: Config(32, 16, 8, 1), 512: Config(16, 16, 8, 1)},
+    "backward_keys": {64: Config(64, 32, 4, 2), 128: Config(64, 16, 8, 2), 256: Config(32, 16, 8, 1), 512: Config(16, 16, 8, 1)},
     "covariance": {64: Config(0, 64, 4, 2), 128: Config(0, 64, 8, 2), 256: Config(0, 32, 8, 1)},
     "components": {64: Config(0, 64, 4, 1), 128: Config(0, 64, 4, 1), 256: Config(0, 32, 8, 1)},
     "points": {64: Config(0, 128, 4, 2), 128: Config(0, 128, 4, 2), 256: Config(0, 64, 4, 2)},
@@ -41,14 +41,18 @@ CONFIGS: dict[str, dict[int, Config]] = {
     "bias": {64: Config(0, 64, 4, 2), 128: Config(0, 64, 8, 2), 256: Config(0, 32, 8, 1)},
     "select": {64: Config(16, 64, 4, 2), 128: Config(16, 64, 4, 2), 256: Config(16, 32, 4, 2)},
     "strata": {64: Config(0, 64, 4, 2), 128: Config(0, 64, 8, 2), 256: Config(0, 32, 8, 1)},
-    "exact": {64: Config(64, 64, 4, 2), 128: Config(64, 64, 4, 2), 256: Config(32, 32, 8, 1)},
+    "exact": {64: Config(64, 64, 4, 2), 128: Config(64, 32, 8, 2), 256: Config(32, 32, 8, 1), 512: Config(16, 16, 8, 1)},
 }
 
 
-def config(kernel: str, *head_dims: int) -> Config:
-    """The configuration of a kernel for some (padded) head dimensions."""
-    largest = max(head_dims)
-    return next(c for limit, c in CONFIGS[kernel].items() if largest <= limit)
+def config(kernel: str, *head_dims: int, like: Tensor | None = None, dropout: float = 0.0) -> Config:
+    """The configuration of a kernel for some (padded) head dimensions.
+
+    Numbers of float32 take the room of two; where a weight may be dropped, random numbers take registers, hence warps.
+    """
+    largest = max(head_dims) * (2 if like is not None and like.dtype == torch.float32 else 1)
+    found = next(c for limit, c in CONFIGS[kernel].items() if largest <= limit)
+    return found._replace(warps=8) if dropout else found
 
 
 def padded(p: int) -> int:

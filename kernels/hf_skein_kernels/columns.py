@@ -2,10 +2,10 @@
 
 A radix selection in four passes over the keys, each of which computes the scores again, tile by tile, as products of
 pilots and keys. Scores count as 16-bit integers, at even spacing between the lowest and the highest finite one of the
-block. The passes find: the range; how many codes have each upper byte, hence that of the `d`-th largest; the same for the
-lower byte, chunk by chunk, hence how many of its columns a chunk holds; and then write the columns. Equal codes go by
-position. A threshold by radix needs a fixed number of passes and a workspace that does not grow with `n`; a
-streaming heap is serial, and merging sorted tiles costs more than the products.
+block. The passes find: the range; how many codes have each upper byte, hence that of the `d`-th largest; the same for
+the lower byte, chunk by chunk, hence how many of its columns a chunk holds; and then write the columns. Equal codes go
+by position. A threshold by radix needs a fixed number of passes and a workspace that does not grow with `n`; a heap is
+serial, and merging sorted tiles costs more than the products.
 
 All passes run one compiled kernel, so that they see the same bits of every score. Counting is by integer atomics, whose
 order does not matter: the result is the same in every run, and in ascending order.
@@ -217,7 +217,7 @@ def select_kernel(
 
     # What the stages before found; not used before they have run.
     b_low, b_unit = tl.zeros([BG], tl.float32), tl.zeros([BG], tl.float32)
-    b_byte, b_over, b_code_at = tl.zeros([BG], tl.int32), tl.zeros([BG], tl.int32), tl.zeros([BG], tl.int32)
+    b_byte, b_code_at = tl.zeros([BG], tl.int32), tl.zeros([BG], tl.int32)
     b_need, b_above, b_ties = tl.zeros([BG], tl.int32), tl.zeros([BG], tl.int32), tl.zeros([BG], tl.int32)
     if stage > 0:
         o_chunk = tl.arange(0, MOST_CHUNKS)
@@ -229,7 +229,7 @@ def select_kernel(
     if stage == 2:
         p_bytes = p_histogram + o_g[:, None] * 256 + tl.arange(0, 256)[None, :]
         b_histogram = tl.load(p_bytes, mask=m_g[:, None], other=0)
-        b_byte, b_over = bin_from_above(b_histogram, tl.full([BG], d, tl.int32))
+        b_byte, _ = bin_from_above(b_histogram, tl.full([BG], d, tl.int32))
     if stage == 3:
         b_code_at = tl.load(p_threshold + (i_bh * BLOCKS + o_g) * 2, mask=m_g, other=0)
         b_need = tl.load(p_threshold + (i_bh * BLOCKS + o_g) * 2 + 1, mask=m_g, other=0)
@@ -406,8 +406,8 @@ def top_columns(
         layout: The layout.
 
     Returns:
-        `[B, H, blocks, d]` int32, positions of keys; `blocks` is 1 without pilots. Zeros for blocks that a sequence does
-        not have.
+        `[B, H, blocks, d]` int32, positions of keys; `blocks` is 1 without pilots. Zeros for blocks that a
+        sequence does not have.
     """
     batch, heads, n = bias.shape
     p, device = key.shape[-1], key.device

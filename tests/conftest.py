@@ -9,8 +9,8 @@ import pytest
 import torch
 
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: the kernels run in its interpreter
+if not torch.cuda.is_available():  # then Triton's interpreter runs the kernels; nothing has imported triton yet
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 torch.set_num_threads(1)
 

@@ -61,76 +61,77 @@ def forward_kernel(
     i_b, i_h = i_bh // H, i_bh % H
     blocks = tl.load(p_blocks + i_b)
     i_g, first_rank, end_rank = block_tile(i_tile, tl.load(p_query_length + i_b), blocks, BM)
-    if i_g < blocks:
-        i_kv, i_block = i_b * (H // GROUP) + i_h // GROUP, i_bh * G + i_g
-        o_p, o_v = tl.arange(0, P), tl.arange(0, PV)
-        m_p, m_v = o_p < p, o_v < pv
-        o_rank = first_rank + tl.arange(0, BM)
-        m_rank = o_rank < end_rank
-        o_row = tl.load(p_order + i_bh * n_q + o_rank, mask=m_rank, other=-1)
-        m_row = o_row >= 0  # other rows are exact
-        # [BM, P]
-        p_query += i_b * query_stride_b + i_h * query_stride_h
-        b_query = load_rows(p_query, query_stride_n, o_row, m_row, o_p, m_p)
-        scale_log2 = scale * LOG2_E
+    if i_g >= blocks:
+        return
+    i_kv, i_block = i_b * (H // GROUP) + i_h // GROUP, i_bh * G + i_g
+    o_p, o_v = tl.arange(0, P), tl.arange(0, PV)
+    m_p, m_v = o_p < p, o_v < pv
+    o_rank = first_rank + tl.arange(0, BM)
+    m_rank = o_rank < end_rank
+    o_row = tl.load(p_order + i_bh * n_q + o_rank, mask=m_rank, other=-1)
+    m_row = o_row >= 0  # other rows are exact
+    # [BM, P]
+    p_query += i_b * query_stride_b + i_h * query_stride_h
+    b_query = load_rows(p_query, query_stride_n, o_row, m_row, o_p, m_p)
+    scale_log2 = scale * LOG2_E
 
-        b_max = tl.full([BM], -1e38, tl.float32)
-        b_mass = tl.zeros([BM], tl.float32)
-        b_out = tl.zeros([BM, PV], tl.float32)
-        for first in range(0, C, BN):
-            o_c = first + tl.arange(0, BN)
-            # [BN, P], [BN, PV]
-            b_key = load_rows(p_mean_key + i_block * C * p, p, o_c, o_c < C, o_p, m_p).to(b_query.dtype)
-            b_value = load_rows(p_mean_value + i_block * C * pv, pv, o_c, o_c < C, o_v, m_v).to(b_query.dtype)
-            b_bias = tl.log2(tl.load(p_count + i_block * C + o_c, mask=o_c < C, other=0.0))
-            b_logit = dot(b_query, tl.trans(b_key), None, PRECISION) * scale_log2 + b_bias[None, :]
-            b_new_max = tl.maximum(b_max, tl.max(b_logit, 1))
-            b_weight, b_shrink = tl.exp2(b_logit - b_new_max[:, None]), tl.exp2(b_max - b_new_max)
-            b_mass = b_mass * b_shrink + tl.sum(b_weight, 1)
-            b_out = b_out * b_shrink[:, None]
-            b_out = dot(b_weight.to(b_query.dtype), b_value, b_out, PRECISION)
-            b_max = b_new_max
-        if SECOND_ORDER:
-            b_curvature = tl.zeros([BM], tl.float32)
-            b_linear = tl.zeros([BM, PV], tl.float32)
-            for first in range(0, p, BT):
-                o_t = first + tl.arange(0, BT)
-                # [BM, BT]
-                b_part = load_rows(p_query, query_stride_n, o_row, m_row, o_t, o_t < p).to(tl.float32)
-                # [P, BT], [BT, PV]
-                b_metric = load_rows(p_metric + i_block * p * p, p, o_p, m_p, o_t, o_t < p)
-                b_cross = load_rows(p_cross + i_block * p * pv, pv, o_t, o_t < p, o_v, m_v)
-                b_curvature += tl.sum(dot(b_query.to(tl.float32), b_metric, None, PRECISION) * b_part, 1)
-                b_linear = dot(b_part, b_cross, b_linear, PRECISION)
-            b_z = 1.0 + tl.maximum(b_curvature, 0.0) * (scale * scale / 2)
-            b_out = b_out * b_z[:, None] + b_linear * (b_mass * scale)[:, None]
-            b_mass *= b_z
+    b_max = tl.full([BM], -1e38, tl.float32)
+    b_mass = tl.zeros([BM], tl.float32)
+    b_out = tl.zeros([BM, PV], tl.float32)
+    for first in range(0, C, BN):
+        o_c = first + tl.arange(0, BN)
+        # [BN, P], [BN, PV]
+        b_key = load_rows(p_mean_key + i_block * C * p, p, o_c, o_c < C, o_p, m_p).to(b_query.dtype)
+        b_value = load_rows(p_mean_value + i_block * C * pv, pv, o_c, o_c < C, o_v, m_v).to(b_query.dtype)
+        b_bias = tl.log2(tl.load(p_count + i_block * C + o_c, mask=o_c < C, other=0.0))
+        b_logit = dot(b_query, tl.trans(b_key), None, PRECISION) * scale_log2 + b_bias[None, :]
+        b_new_max = tl.maximum(b_max, tl.max(b_logit, 1))
+        b_weight, b_shrink = tl.exp2(b_logit - b_new_max[:, None]), tl.exp2(b_max - b_new_max)
+        b_mass = b_mass * b_shrink + tl.sum(b_weight, 1)
+        b_out = b_out * b_shrink[:, None]
+        b_out = dot(b_weight.to(b_query.dtype), b_value, b_out, PRECISION)
+        b_max = b_new_max
+    if SECOND_ORDER:
+        b_curvature = tl.zeros([BM], tl.float32)
+        b_linear = tl.zeros([BM, PV], tl.float32)
+        for first in range(0, p, BT):
+            o_t = first + tl.arange(0, BT)
+            # [BM, BT]
+            b_part = load_rows(p_query, query_stride_n, o_row, m_row, o_t, o_t < p).to(tl.float32)
+            # [P, BT], [BT, PV]
+            b_metric = load_rows(p_metric + i_block * p * p, p, o_p, m_p, o_t, o_t < p)
+            b_cross = load_rows(p_cross + i_block * p * pv, pv, o_t, o_t < p, o_v, m_v)
+            b_curvature += tl.sum(dot(b_query.to(tl.float32), b_metric, None, PRECISION) * b_part, 1)
+            b_linear = dot(b_part, b_cross, b_linear, PRECISION)
+        b_z = 1.0 + tl.maximum(b_curvature, 0.0) * (scale * scale / 2)
+        b_out = b_out * b_z[:, None] + b_linear * (b_mass * scale)[:, None]
+        b_mass *= b_z
 
-        for first in range(0, D, BN):
-            o_d = first + tl.arange(0, BN)
-            o_n = tl.load(p_columns + i_block * D + o_d, mask=o_d < D, other=0)
-            b_mean = tl.load(p_key_mean + i_kv * p + o_p, mask=m_p, other=0.0)
-            # [BN, P], [BN, PV]
-            p_head = p_key + i_b * key_stride_b + (i_h // GROUP) * key_stride_h
-            b_key = load_centred(p_head, key_stride_n, o_n, o_d < D, o_p, m_p, b_mean)
-            b_mean = tl.load(p_value_mean + i_kv * pv + o_v, mask=m_v, other=0.0)
-            p_head = p_value + i_b * value_stride_b + (i_h // GROUP) * value_stride_h
-            b_value = load_centred(p_head, value_stride_n, o_n, o_d < D, o_v, m_v, b_mean)
-            b_logit = dot(b_query, tl.trans(b_key), None, PRECISION) * scale_log2
-            b_logit = tl.where((o_d < D)[None, :], b_logit, -float("inf"))
-            b_new_max = tl.maximum(b_max, tl.max(b_logit, 1))
-            b_weight, b_shrink = tl.exp2(b_logit - b_new_max[:, None]), tl.exp2(b_max - b_new_max)
-            b_mass = b_mass * b_shrink + tl.sum(b_weight, 1)
-            if DROPOUT:
-                b_weight *= kept(p_seed, rate, (i_bh * n_q + o_row)[:, None], o_n[None, :], n_k)
-            b_out = b_out * b_shrink[:, None]
-            b_out = dot(b_weight.to(b_query.dtype), b_value, b_out, PRECISION)
-            b_max = b_new_max
-
+    for first in range(0, D, BN):
+        o_d = first + tl.arange(0, BN)
+        o_n = tl.load(p_columns + i_block * D + o_d, mask=o_d < D, other=0)
+        b_mean = tl.load(p_key_mean + i_kv * p + o_p, mask=m_p, other=0.0)
+        # [BN, P], [BN, PV]
+        p_head = p_key + i_b * key_stride_b + (i_h // GROUP) * key_stride_h
+        b_key = load_centred(p_head, key_stride_n, o_n, o_d < D, o_p, m_p, b_mean)
         b_mean = tl.load(p_value_mean + i_kv * pv + o_v, mask=m_v, other=0.0)
-        b_out = b_out / b_mass[:, None] + b_mean[None, :]
-        store_rows(p_out + i_b * out_stride_b + i_h * out_stride_h, out_stride_n, o_row, m_row, o_v, m_v, b_out)
-        tl.store(p_lse + i_bh * n_q + o_row, b_max + tl.log2(b_mass), mask=m_row)
+        p_head = p_value + i_b * value_stride_b + (i_h // GROUP) * value_stride_h
+        b_value = load_centred(p_head, value_stride_n, o_n, o_d < D, o_v, m_v, b_mean)
+        b_logit = dot(b_query, tl.trans(b_key), None, PRECISION) * scale_log2
+        b_logit = tl.where((o_d < D)[None, :], b_logit, -float("inf"))
+        b_new_max = tl.maximum(b_max, tl.max(b_logit, 1))
+        b_weight, b_shrink = tl.exp2(b_logit - b_new_max[:, None]), tl.exp2(b_max - b_new_max)
+        b_mass = b_mass * b_shrink + tl.sum(b_weight, 1)
+        if DROPOUT:
+            b_weight *= kept(p_seed, rate, (i_bh * n_q + o_row)[:, None], o_n[None, :], n_k)
+        b_out = b_out * b_shrink[:, None]
+        b_out = dot(b_weight.to(b_query.dtype), b_value, b_out, PRECISION)
+        b_max = b_new_max
+
+    b_mean = tl.load(p_value_mean + i_kv * pv + o_v, mask=m_v, other=0.0)
+    b_out = b_out / b_mass[:, None] + b_mean[None, :]
+    store_rows(p_out + i_b * out_stride_b + i_h * out_stride_h, out_stride_n, o_row, m_row, o_v, m_v, b_out)
+    tl.store(p_lse + i_bh * n_q + o_row, b_max + tl.log2(b_mass), mask=m_row)
 
 
 @triton.jit
@@ -151,91 +152,92 @@ def backward_query_kernel(
     i_b, i_h = i_bh // H, i_bh % H
     blocks = tl.load(p_blocks + i_b)
     i_g, first_rank, end_rank = block_tile(i_tile, tl.load(p_query_length + i_b), blocks, BM)
-    if i_g < blocks:
-        i_kv, i_block = i_b * (H // GROUP) + i_h // GROUP, i_bh * G + i_g
-        o_p, o_v = tl.arange(0, P), tl.arange(0, PV)
-        m_p, m_v = o_p < p, o_v < pv
-        o_rank = first_rank + tl.arange(0, BM)
-        m_rank = o_rank < end_rank
-        o_row = tl.load(p_order + i_bh * n_q + o_rank, mask=m_rank, other=-1)
-        m_row = o_row >= 0
-        # [BM, P], [BM, PV]
-        p_query += i_b * query_stride_b + i_h * query_stride_h
-        p_grad += i_b * grad_stride_b + i_h * grad_stride_h
-        b_query = load_rows(p_query, query_stride_n, o_row, m_row, o_p, m_p)
-        b_grad = load_rows(p_grad, grad_stride_n, o_row, m_row, o_v, m_v)
-        p_head = p_out + i_b * out_stride_b + i_h * out_stride_h
-        b_out = load_rows(p_head, out_stride_n, o_row, m_row, o_v, m_v).to(tl.float32)
-        b_value_mean = tl.load(p_value_mean + i_kv * pv + o_v, mask=m_v, other=0.0)
-        b_mu = tl.sum((b_out - b_value_mean[None, :]) * b_grad.to(tl.float32), 1)
-        b_lse = tl.load(p_lse + i_bh * n_q + o_row, mask=m_row, other=float("inf"))
-        scale_log2 = scale * LOG2_E
+    if i_g >= blocks:
+        return
+    i_kv, i_block = i_b * (H // GROUP) + i_h // GROUP, i_bh * G + i_g
+    o_p, o_v = tl.arange(0, P), tl.arange(0, PV)
+    m_p, m_v = o_p < p, o_v < pv
+    o_rank = first_rank + tl.arange(0, BM)
+    m_rank = o_rank < end_rank
+    o_row = tl.load(p_order + i_bh * n_q + o_rank, mask=m_rank, other=-1)
+    m_row = o_row >= 0
+    # [BM, P], [BM, PV]
+    p_query += i_b * query_stride_b + i_h * query_stride_h
+    p_grad += i_b * grad_stride_b + i_h * grad_stride_h
+    b_query = load_rows(p_query, query_stride_n, o_row, m_row, o_p, m_p)
+    b_grad = load_rows(p_grad, grad_stride_n, o_row, m_row, o_v, m_v)
+    p_head = p_out + i_b * out_stride_b + i_h * out_stride_h
+    b_out = load_rows(p_head, out_stride_n, o_row, m_row, o_v, m_v).to(tl.float32)
+    b_value_mean = tl.load(p_value_mean + i_kv * pv + o_v, mask=m_v, other=0.0)
+    b_mu = tl.sum((b_out - b_value_mean[None, :]) * b_grad.to(tl.float32), 1)
+    b_lse = tl.load(p_lse + i_bh * n_q + o_row, mask=m_row, other=float("inf"))
+    scale_log2 = scale * LOG2_E
 
-        b_z, b_share = tl.full([BM], 1.0, tl.float32), tl.zeros([BM], tl.float32)
-        if SECOND_ORDER:
-            b_metric, b_linear = tl.zeros([BM, P], tl.float32), tl.zeros([BM, P], tl.float32)
-            for first in range(0, p, BT):
-                o_t = first + tl.arange(0, BT)
-                # [BM, BT], [BT, P]
-                b_part = load_rows(p_query, query_stride_n, o_row, m_row, o_t, o_t < p).to(tl.float32)
-                b_tile = load_rows(p_metric + i_block * p * p, p, o_t, o_t < p, o_p, m_p)
-                b_metric = dot(b_part, b_tile, b_metric, None, PRECISION)
-            for first in range(0, pv, BT):
-                o_t = first + tl.arange(0, BT)
-                # [BM, BT], [P, BT]
-                b_part = load_rows(p_grad, grad_stride_n, o_row, m_row, o_t, o_t < pv).to(tl.float32)
-                b_tile = load_rows(p_cross + i_block * p * pv, pv, o_p, m_p, o_t, o_t < pv)
-                b_linear = dot(b_part, tl.trans(b_tile), b_linear, PRECISION)
-            b_linear *= scale
-            b_curvature = tl.sum(b_metric * b_query.to(tl.float32), 1) * (scale * scale / 2)
-            b_z += tl.maximum(b_curvature, 0.0)
-            b_share = tl.sum(b_linear * b_query.to(tl.float32), 1)
+    b_z, b_share = tl.full([BM], 1.0, tl.float32), tl.zeros([BM], tl.float32)
+    if SECOND_ORDER:
+        b_metric, b_linear = tl.zeros([BM, P], tl.float32), tl.zeros([BM, P], tl.float32)
+        for first in range(0, p, BT):
+            o_t = first + tl.arange(0, BT)
+            # [BM, BT], [BT, P]
+            b_part = load_rows(p_query, query_stride_n, o_row, m_row, o_t, o_t < p).to(tl.float32)
+            b_tile = load_rows(p_metric + i_block * p * p, p, o_t, o_t < p, o_p, m_p)
+            b_metric = dot(b_part, b_tile, b_metric, PRECISION)
+        for first in range(0, pv, BT):
+            o_t = first + tl.arange(0, BT)
+            # [BM, BT], [P, BT]
+            b_part = load_rows(p_grad, grad_stride_n, o_row, m_row, o_t, o_t < pv).to(tl.float32)
+            b_tile = load_rows(p_cross + i_block * p * pv, pv, o_p, m_p, o_t, o_t < pv)
+            b_linear = dot(b_part, tl.trans(b_tile), b_linear, PRECISION)
+        b_linear *= scale
+        b_curvature = tl.sum(b_metric * b_query.to(tl.float32), 1) * (scale * scale / 2)
+        b_z += tl.maximum(b_curvature, 0.0)
+        b_share = tl.sum(b_linear * b_query.to(tl.float32), 1)
 
-        b_of_z, b_u = tl.zeros([BM], tl.float32), tl.zeros([BM], tl.float32)
-        b_grad_query = tl.zeros([BM, P], tl.float32)
-        for first in range(0, C, BN):
-            o_c = first + tl.arange(0, BN)
-            # [BN, P], [BN, PV]
-            b_key = load_rows(p_mean_key + i_block * C * p, p, o_c, o_c < C, o_p, m_p).to(b_query.dtype)
-            b_value = load_rows(p_mean_value + i_block * C * pv, pv, o_c, o_c < C, o_v, m_v).to(b_query.dtype)
-            b_bias = tl.log2(tl.load(p_count + i_block * C + o_c, mask=o_c < C, other=0.0))
-            b_logit = dot(b_query, tl.trans(b_key), None, PRECISION) * scale_log2 + b_bias[None, :]
-            b_weight = tl.exp2(b_logit - b_lse[:, None])
-            b_of = dot(b_grad, tl.trans(b_value), None, PRECISION) - b_mu[:, None]
-            b_of_z += tl.sum(b_weight * b_of, 1)
-            b_u += tl.sum(b_weight, 1)
-            b_of = b_weight * (b_of * b_z[:, None] + b_share[:, None])
-            b_grad_query = dot(b_of.to(b_query.dtype), b_key, b_grad_query, PRECISION)
+    b_of_z, b_u = tl.zeros([BM], tl.float32), tl.zeros([BM], tl.float32)
+    b_grad_query = tl.zeros([BM, P], tl.float32)
+    for first in range(0, C, BN):
+        o_c = first + tl.arange(0, BN)
+        # [BN, P], [BN, PV]
+        b_key = load_rows(p_mean_key + i_block * C * p, p, o_c, o_c < C, o_p, m_p).to(b_query.dtype)
+        b_value = load_rows(p_mean_value + i_block * C * pv, pv, o_c, o_c < C, o_v, m_v).to(b_query.dtype)
+        b_bias = tl.log2(tl.load(p_count + i_block * C + o_c, mask=o_c < C, other=0.0))
+        b_logit = dot(b_query, tl.trans(b_key), None, PRECISION) * scale_log2 + b_bias[None, :]
+        b_weight = tl.exp2(b_logit - b_lse[:, None])
+        b_of = dot(b_grad, tl.trans(b_value), None, PRECISION) - b_mu[:, None]
+        b_of_z += tl.sum(b_weight * b_of, 1)
+        b_u += tl.sum(b_weight, 1)
+        b_of = b_weight * (b_of * b_z[:, None] + b_share[:, None])
+        b_grad_query = dot(b_of.to(b_query.dtype), b_key, b_grad_query, PRECISION)
 
-        for first in range(0, D, BN):
-            o_d = first + tl.arange(0, BN)
-            o_n = tl.load(p_columns + i_block * D + o_d, mask=o_d < D, other=0)
-            b_mean = tl.load(p_key_mean + i_kv * p + o_p, mask=m_p, other=0.0)
-            # [BN, P], [BN, PV]
-            p_head = p_key + i_b * key_stride_b + (i_h // GROUP) * key_stride_h
-            b_key = load_centred(p_head, key_stride_n, o_n, o_d < D, o_p, m_p, b_mean)
-            p_head = p_value + i_b * value_stride_b + (i_h // GROUP) * value_stride_h
-            b_value = load_centred(p_head, value_stride_n, o_n, o_d < D, o_v, m_v, b_value_mean)
-            b_logit = dot(b_query, tl.trans(b_key), None, PRECISION) * scale_log2
-            b_weight = tl.where((o_d < D)[None, :], tl.exp2(b_logit - b_lse[:, None]), 0.0)
-            b_of = dot(b_grad, tl.trans(b_value), None, PRECISION)
-            if DROPOUT:
-                b_of *= kept(p_seed, rate, (i_bh * n_q + o_row)[:, None], o_n[None, :], n_k)
-            b_of = b_weight * (b_of - b_mu[:, None])
-            b_grad_query = dot(b_of.to(b_query.dtype), b_key, b_grad_query, PRECISION)
+    for first in range(0, D, BN):
+        o_d = first + tl.arange(0, BN)
+        o_n = tl.load(p_columns + i_block * D + o_d, mask=o_d < D, other=0)
+        b_mean = tl.load(p_key_mean + i_kv * p + o_p, mask=m_p, other=0.0)
+        # [BN, P], [BN, PV]
+        p_head = p_key + i_b * key_stride_b + (i_h // GROUP) * key_stride_h
+        b_key = load_centred(p_head, key_stride_n, o_n, o_d < D, o_p, m_p, b_mean)
+        p_head = p_value + i_b * value_stride_b + (i_h // GROUP) * value_stride_h
+        b_value = load_centred(p_head, value_stride_n, o_n, o_d < D, o_v, m_v, b_value_mean)
+        b_logit = dot(b_query, tl.trans(b_key), None, PRECISION) * scale_log2
+        b_weight = tl.where((o_d < D)[None, :], tl.exp2(b_logit - b_lse[:, None]), 0.0)
+        b_of = dot(b_grad, tl.trans(b_value), None, PRECISION)
+        if DROPOUT:
+            b_of *= kept(p_seed, rate, (i_bh * n_q + o_row)[:, None], o_n[None, :], n_k)
+        b_of = b_weight * (b_of - b_mu[:, None])
+        b_grad_query = dot(b_of.to(b_query.dtype), b_key, b_grad_query, PRECISION)
 
-        b_grad_query *= scale
-        b_curvature = tl.where(b_z > 1.0, b_of_z, 0.0) * (scale * scale)
-        if SECOND_ORDER:
-            b_grad_query += b_metric * b_curvature[:, None] + b_linear * b_u[:, None]
-        p_head = p_grad_query + i_b * grad_query_stride_b + i_h * grad_query_stride_h
-        store_rows(p_head, grad_query_stride_n, o_row, m_row, o_p, m_p, b_grad_query)
-        p_rows += (i_bh * n_q + o_row) * 5
-        tl.store(p_rows, b_mu, mask=m_row)
-        tl.store(p_rows + 1, b_z, mask=m_row)
-        tl.store(p_rows + 2, b_share, mask=m_row)
-        tl.store(p_rows + 3, b_curvature, mask=m_row)
-        tl.store(p_rows + 4, b_u * scale, mask=m_row)
+    b_grad_query *= scale
+    b_curvature = tl.where(b_z > 1.0, b_of_z, 0.0) * (scale * scale)
+    if SECOND_ORDER:
+        b_grad_query += b_metric * b_curvature[:, None] + b_linear * b_u[:, None]
+    p_head = p_grad_query + i_b * grad_query_stride_b + i_h * grad_query_stride_h
+    store_rows(p_head, grad_query_stride_n, o_row, m_row, o_p, m_p, b_grad_query)
+    p_row = p_rows + (i_bh * n_q + o_row) * 5
+    tl.store(p_row, b_mu, mask=m_row)
+    tl.store(p_row + 1, b_z, mask=m_row)
+    tl.store(p_row + 2, b_share, mask=m_row)
+    tl.store(p_row + 3, b_curvature, mask=m_row)
+    tl.store(p_row + 4, b_u * scale, mask=m_row)
 
 
 @triton.jit

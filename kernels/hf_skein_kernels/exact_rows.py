@@ -53,46 +53,47 @@ def forward_kernel(
     o_row, is_used = exact_tile(
         i_tile, i_bh, i_b, p_exact_rows, p_query_index, p_query_length, p_blocks, R, n_q, BM, LISTED
     )
-    if is_used:
-        m_row = o_row >= 0
-        o_p, o_v = tl.arange(0, P), tl.arange(0, PV)
-        m_p, m_v = o_p < p, o_v < pv
-        # [BM, P]
-        p_head = p_query + i_b * query_stride_b + i_h * query_stride_h
-        b_query = load_rows(p_head, query_stride_n, o_row, m_row, o_p, m_p)
-        b_max = tl.full([BM], -1e38, tl.float32)
-        b_mass = tl.zeros([BM], tl.float32)
-        b_out = tl.zeros([BM, PV], tl.float32)
-        end = tl.minimum(i_chunk * CHUNK + CHUNK, tl.load(p_key_length + i_b))
-        for first in range(i_chunk * CHUNK, end, BN):
-            o_rank = first + tl.arange(0, BN)
-            m_rank = o_rank < end
-            o_n = tl.load(p_key_index + i_b * n_k + o_rank, mask=m_rank, other=0)
-            # [BN, P], [BN, PV]
-            p_head = p_key + i_b * key_stride_b + (i_h // GROUP) * key_stride_h
-            b_key = load_rows(p_head, key_stride_n, o_n, m_rank, o_p, m_p)
-            p_head = p_value + i_b * value_stride_b + (i_h // GROUP) * value_stride_h
-            b_value = load_rows(p_head, value_stride_n, o_n, m_rank, o_v, m_v)
-            b_logit = dot(b_query, tl.trans(b_key), None, PRECISION) * (scale * LOG2_E)
-            b_logit = tl.where(m_rank[None, :], b_logit, -float("inf"))
-            b_new_max = tl.maximum(b_max, tl.max(b_logit, 1))
-            b_weight, b_shrink = tl.exp2(b_logit - b_new_max[:, None]), tl.exp2(b_max - b_new_max)
-            b_mass = b_mass * b_shrink + tl.sum(b_weight, 1)
-            if DROPOUT:
-                b_weight *= kept(p_seed, rate, (i_bh * n_q + o_row)[:, None], o_n[None, :], n_k)
-            b_out = b_out * b_shrink[:, None]
-            b_out = dot(b_weight.to(b_query.dtype), b_value, b_out, PRECISION)
-            b_max = b_new_max
-        b_out = tl.where(b_mass[:, None] > 0, b_out / b_mass[:, None], 0.0)
-        b_lse = b_max + tl.log2(b_mass)
-        if LISTED:
-            o_m = i_tile * BM + tl.arange(0, BM)
-            i_part = i_bh * CHUNKS + i_chunk
-            store_rows(p_out + i_part * R * pv, pv, o_m, o_m < R, o_v, m_v, b_out)
-            tl.store(p_lse + i_part * R + o_m, b_lse, mask=o_m < R)
-        else:
-            store_rows(p_out + i_b * out_stride_b + i_h * out_stride_h, out_stride_n, o_row, m_row, o_v, m_v, b_out)
-            tl.store(p_lse + i_bh * n_q + o_row, b_lse, mask=m_row)
+    if not is_used:
+        return
+    m_row = o_row >= 0
+    o_p, o_v = tl.arange(0, P), tl.arange(0, PV)
+    m_p, m_v = o_p < p, o_v < pv
+    # [BM, P]
+    p_head = p_query + i_b * query_stride_b + i_h * query_stride_h
+    b_query = load_rows(p_head, query_stride_n, o_row, m_row, o_p, m_p)
+    b_max = tl.full([BM], -1e38, tl.float32)
+    b_mass = tl.zeros([BM], tl.float32)
+    b_out = tl.zeros([BM, PV], tl.float32)
+    end = tl.minimum(i_chunk * CHUNK + CHUNK, tl.load(p_key_length + i_b))
+    for first in range(i_chunk * CHUNK, end, BN):
+        o_rank = first + tl.arange(0, BN)
+        m_rank = o_rank < end
+        o_n = tl.load(p_key_index + i_b * n_k + o_rank, mask=m_rank, other=0)
+        # [BN, P], [BN, PV]
+        p_head = p_key + i_b * key_stride_b + (i_h // GROUP) * key_stride_h
+        b_key = load_rows(p_head, key_stride_n, o_n, m_rank, o_p, m_p)
+        p_head = p_value + i_b * value_stride_b + (i_h // GROUP) * value_stride_h
+        b_value = load_rows(p_head, value_stride_n, o_n, m_rank, o_v, m_v)
+        b_logit = dot(b_query, tl.trans(b_key), None, PRECISION) * (scale * LOG2_E)
+        b_logit = tl.where(m_rank[None, :], b_logit, -float("inf"))
+        b_new_max = tl.maximum(b_max, tl.max(b_logit, 1))
+        b_weight, b_shrink = tl.exp2(b_logit - b_new_max[:, None]), tl.exp2(b_max - b_new_max)
+        b_mass = b_mass * b_shrink + tl.sum(b_weight, 1)
+        if DROPOUT:
+            b_weight *= kept(p_seed, rate, (i_bh * n_q + o_row)[:, None], o_n[None, :], n_k)
+        b_out = b_out * b_shrink[:, None]
+        b_out = dot(b_weight.to(b_query.dtype), b_value, b_out, PRECISION)
+        b_max = b_new_max
+    b_out = tl.where(b_mass[:, None] > 0, b_out / b_mass[:, None], 0.0)
+    b_lse = b_max + tl.log2(b_mass)
+    if LISTED:
+        o_m = i_tile * BM + tl.arange(0, BM)
+        i_part = i_bh * CHUNKS + i_chunk
+        store_rows(p_out + i_part * R * pv, pv, o_m, o_m < R, o_v, m_v, b_out)
+        tl.store(p_lse + i_part * R + o_m, b_lse, mask=o_m < R)
+    else:
+        store_rows(p_out + i_b * out_stride_b + i_h * out_stride_h, out_stride_n, o_row, m_row, o_v, m_v, b_out)
+        tl.store(p_lse + i_bh * n_q + o_row, b_lse, mask=m_row)
 
 
 @triton.jit
@@ -145,46 +146,47 @@ def backward_query_kernel(
     o_row, is_used = exact_tile(
         i_tile, i_bh, i_b, p_exact_rows, p_query_index, p_query_length, p_blocks, R, n_q, BM, LISTED
     )
-    if is_used:
-        m_row = o_row >= 0
-        o_p, o_v = tl.arange(0, P), tl.arange(0, PV)
-        m_p, m_v = o_p < p, o_v < pv
-        # [BM, P], [BM, PV]
-        p_head = p_query + i_b * query_stride_b + i_h * query_stride_h
-        b_query = load_rows(p_head, query_stride_n, o_row, m_row, o_p, m_p)
-        p_head = p_grad + i_b * grad_stride_b + i_h * grad_stride_h
-        b_grad = load_rows(p_head, grad_stride_n, o_row, m_row, o_v, m_v)
-        p_head = p_out + i_b * out_stride_b + i_h * out_stride_h
-        b_out = load_rows(p_head, out_stride_n, o_row, m_row, o_v, m_v)
-        b_mu = tl.sum(b_out.to(tl.float32) * b_grad.to(tl.float32), 1)
-        tl.store(p_mu + i_bh * n_q + o_row, b_mu, mask=m_row)  # every chunk writes the same
-        b_lse = tl.load(p_lse + i_bh * n_q + o_row, mask=m_row, other=float("inf"))
-        b_grad_query = tl.zeros([BM, P], tl.float32)
-        end = tl.minimum(i_chunk * CHUNK + CHUNK, tl.load(p_key_length + i_b))
-        for first in range(i_chunk * CHUNK, end, BN):
-            o_rank = first + tl.arange(0, BN)
-            m_rank = o_rank < end
-            o_n = tl.load(p_key_index + i_b * n_k + o_rank, mask=m_rank, other=0)
-            # [BN, P], [BN, PV]
-            p_head = p_key + i_b * key_stride_b + (i_h // GROUP) * key_stride_h
-            b_key = load_rows(p_head, key_stride_n, o_n, m_rank, o_p, m_p)
-            p_head = p_value + i_b * value_stride_b + (i_h // GROUP) * value_stride_h
-            b_value = load_rows(p_head, value_stride_n, o_n, m_rank, o_v, m_v)
-            b_logit = dot(b_query, tl.trans(b_key), None, PRECISION) * (scale * LOG2_E)
-            b_weight = tl.where(m_rank[None, :], tl.exp2(b_logit - b_lse[:, None]), 0.0)
-            b_of = dot(b_grad, tl.trans(b_value), None, PRECISION)
-            if DROPOUT:
-                b_of *= kept(p_seed, rate, (i_bh * n_q + o_row)[:, None], o_n[None, :], n_k)
-            b_of = b_weight * (b_of - b_mu[:, None])
-            b_grad_query = dot(b_of.to(b_query.dtype), b_key, b_grad_query, PRECISION)
-        b_grad_query *= scale
-        if LISTED:
-            o_m = i_tile * BM + tl.arange(0, BM)
-            p_part = p_grad_query + (i_bh * CHUNKS + i_chunk) * R * p
-            store_rows(p_part, p, o_m, o_m < R, o_p, m_p, b_grad_query)
-        else:
-            p_head = p_grad_query + i_b * grad_query_stride_b + i_h * grad_query_stride_h
-            store_rows(p_head, grad_query_stride_n, o_row, m_row, o_p, m_p, b_grad_query)
+    if not is_used:
+        return
+    m_row = o_row >= 0
+    o_p, o_v = tl.arange(0, P), tl.arange(0, PV)
+    m_p, m_v = o_p < p, o_v < pv
+    # [BM, P], [BM, PV]
+    p_head = p_query + i_b * query_stride_b + i_h * query_stride_h
+    b_query = load_rows(p_head, query_stride_n, o_row, m_row, o_p, m_p)
+    p_head = p_grad + i_b * grad_stride_b + i_h * grad_stride_h
+    b_grad = load_rows(p_head, grad_stride_n, o_row, m_row, o_v, m_v)
+    p_head = p_out + i_b * out_stride_b + i_h * out_stride_h
+    b_out = load_rows(p_head, out_stride_n, o_row, m_row, o_v, m_v)
+    b_mu = tl.sum(b_out.to(tl.float32) * b_grad.to(tl.float32), 1)
+    tl.store(p_mu + i_bh * n_q + o_row, b_mu, mask=m_row)  # every chunk writes the same
+    b_lse = tl.load(p_lse + i_bh * n_q + o_row, mask=m_row, other=float("inf"))
+    b_grad_query = tl.zeros([BM, P], tl.float32)
+    end = tl.minimum(i_chunk * CHUNK + CHUNK, tl.load(p_key_length + i_b))
+    for first in range(i_chunk * CHUNK, end, BN):
+        o_rank = first + tl.arange(0, BN)
+        m_rank = o_rank < end
+        o_n = tl.load(p_key_index + i_b * n_k + o_rank, mask=m_rank, other=0)
+        # [BN, P], [BN, PV]
+        p_head = p_key + i_b * key_stride_b + (i_h // GROUP) * key_stride_h
+        b_key = load_rows(p_head, key_stride_n, o_n, m_rank, o_p, m_p)
+        p_head = p_value + i_b * value_stride_b + (i_h // GROUP) * value_stride_h
+        b_value = load_rows(p_head, value_stride_n, o_n, m_rank, o_v, m_v)
+        b_logit = dot(b_query, tl.trans(b_key), None, PRECISION) * (scale * LOG2_E)
+        b_weight = tl.where(m_rank[None, :], tl.exp2(b_logit - b_lse[:, None]), 0.0)
+        b_of = dot(b_grad, tl.trans(b_value), None, PRECISION)
+        if DROPOUT:
+            b_of *= kept(p_seed, rate, (i_bh * n_q + o_row)[:, None], o_n[None, :], n_k)
+        b_of = b_weight * (b_of - b_mu[:, None])
+        b_grad_query = dot(b_of.to(b_query.dtype), b_key, b_grad_query, PRECISION)
+    b_grad_query *= scale
+    if LISTED:
+        o_m = i_tile * BM + tl.arange(0, BM)
+        p_part = p_grad_query + (i_bh * CHUNKS + i_chunk) * R * p
+        store_rows(p_part, p, o_m, o_m < R, o_p, m_p, b_grad_query)
+    else:
+        p_head = p_grad_query + i_b * grad_query_stride_b + i_h * grad_query_stride_h
+        store_rows(p_head, grad_query_stride_n, o_row, m_row, o_p, m_p, b_grad_query)
 
 
 @triton.jit
@@ -202,47 +204,48 @@ def backward_keys_kernel(
     i_b, i_head = i_kv // (H // GROUP), i_kv % (H // GROUP)
     o_rank = i_tile * BN + tl.arange(0, BN)
     key_length = tl.load(p_key_length + i_b)
-    if i_tile * BN < key_length:
-        m_n = o_rank < key_length
-        o_n = tl.load(p_key_index + i_b * n_k + o_rank, mask=m_n, other=0)
-        o_p, o_v = tl.arange(0, P), tl.arange(0, PV)
-        m_p, m_v = o_p < p, o_v < pv
-        # [BN, P], [BN, PV]
-        b_key = load_rows(p_key + i_b * key_stride_b + i_head * key_stride_h, key_stride_n, o_n, m_n, o_p, m_p)
-        p_head = p_value + i_b * value_stride_b + i_head * value_stride_h
-        b_value = load_rows(p_head, value_stride_n, o_n, m_n, o_v, m_v)
-        b_grad_key, b_grad_value = tl.zeros([BN, P], tl.float32), tl.zeros([BN, PV], tl.float32)
-        is_listed = tl.load(p_blocks + i_b) > 0
-        listed = tl.where(is_listed, R, 0)
-        unlisted = tl.where(is_listed, 0, tl.load(p_query_length + i_b))
-        for i_step in range(0, GROUP * tl.cdiv(listed + unlisted, BM)):
-            i_h = i_head * GROUP + i_step % GROUP
-            i_bh = i_b * H + i_h
-            o_m = i_step // GROUP * BM + tl.arange(0, BM)
-            # One of the two is empty.
-            b_listed = tl.load(p_exact_rows + i_bh * R + o_m, mask=o_m < listed, other=-1)
-            b_unlisted = tl.load(p_query_index + i_b * n_q + o_m, mask=o_m < unlisted, other=-1)
-            o_row = tl.maximum(b_listed, b_unlisted)
-            m_row = o_row >= 0
-            # [BM, P], [BM, PV]
-            p_head = p_query + i_b * query_stride_b + i_h * query_stride_h
-            b_query = load_rows(p_head, query_stride_n, o_row, m_row, o_p, m_p)
-            p_head = p_grad + i_b * grad_stride_b + i_h * grad_stride_h
-            b_grad = load_rows(p_head, grad_stride_n, o_row, m_row, o_v, m_v)
-            b_lse = tl.load(p_lse + i_bh * n_q + o_row, mask=m_row, other=float("inf"))
-            b_mu = tl.load(p_mu + i_bh * n_q + o_row, mask=m_row, other=0.0)
-            # [BN, BM]
-            b_logit = dot(b_key, tl.trans(b_query), None, PRECISION) * (scale * LOG2_E)
-            b_weight = tl.exp2(b_logit - b_lse[None, :])
-            b_of = dot(b_value, tl.trans(b_grad), None, PRECISION)
-            b_keep = tl.full([BN, BM], 1.0, tl.float32)
-            if DROPOUT:
-                b_keep = kept(p_seed, rate, (i_bh * n_q + o_row)[None, :], o_n[:, None], n_k)
-            b_of = b_weight * (b_of * b_keep - b_mu[None, :])
-            b_grad_key = dot(b_of.to(b_query.dtype), b_query, b_grad_key, PRECISION)
-            b_grad_value = dot((b_weight * b_keep).to(b_grad.dtype), b_grad, b_grad_value, PRECISION)
-        store_rows(p_grad_key + i_kv * n_k * p, p, o_n, m_n, o_p, m_p, b_grad_key * scale)
-        store_rows(p_grad_value + i_kv * n_k * pv, pv, o_n, m_n, o_v, m_v, b_grad_value)
+    if i_tile * BN >= key_length:
+        return
+    m_n = o_rank < key_length
+    o_n = tl.load(p_key_index + i_b * n_k + o_rank, mask=m_n, other=0)
+    o_p, o_v = tl.arange(0, P), tl.arange(0, PV)
+    m_p, m_v = o_p < p, o_v < pv
+    # [BN, P], [BN, PV]
+    b_key = load_rows(p_key + i_b * key_stride_b + i_head * key_stride_h, key_stride_n, o_n, m_n, o_p, m_p)
+    p_head = p_value + i_b * value_stride_b + i_head * value_stride_h
+    b_value = load_rows(p_head, value_stride_n, o_n, m_n, o_v, m_v)
+    b_grad_key, b_grad_value = tl.zeros([BN, P], tl.float32), tl.zeros([BN, PV], tl.float32)
+    is_listed = tl.load(p_blocks + i_b) > 0
+    listed = tl.where(is_listed, R, 0)
+    unlisted = tl.where(is_listed, 0, tl.load(p_query_length + i_b))
+    for i_step in range(0, GROUP * tl.cdiv(listed + unlisted, BM)):
+        i_h = i_head * GROUP + i_step % GROUP
+        i_bh = i_b * H + i_h
+        o_m = i_step // GROUP * BM + tl.arange(0, BM)
+        # One of the two is empty.
+        b_listed = tl.load(p_exact_rows + i_bh * R + o_m, mask=o_m < listed, other=-1)
+        b_unlisted = tl.load(p_query_index + i_b * n_q + o_m, mask=o_m < unlisted, other=-1)
+        o_row = tl.maximum(b_listed, b_unlisted)
+        m_row = o_row >= 0
+        # [BM, P], [BM, PV]
+        p_head = p_query + i_b * query_stride_b + i_h * query_stride_h
+        b_query = load_rows(p_head, query_stride_n, o_row, m_row, o_p, m_p)
+        p_head = p_grad + i_b * grad_stride_b + i_h * grad_stride_h
+        b_grad = load_rows(p_head, grad_stride_n, o_row, m_row, o_v, m_v)
+        b_lse = tl.load(p_lse + i_bh * n_q + o_row, mask=m_row, other=float("inf"))
+        b_mu = tl.load(p_mu + i_bh * n_q + o_row, mask=m_row, other=0.0)
+        # [BN, BM]
+        b_logit = dot(b_key, tl.trans(b_query), None, PRECISION) * (scale * LOG2_E)
+        b_weight = tl.exp2(b_logit - b_lse[None, :])
+        b_of = dot(b_value, tl.trans(b_grad), None, PRECISION)
+        b_keep = tl.full([BN, BM], 1.0, tl.float32)
+        if DROPOUT:
+            b_keep = kept(p_seed, rate, (i_bh * n_q + o_row)[None, :], o_n[:, None], n_k)
+        b_of = b_weight * (b_of * b_keep - b_mu[None, :])
+        b_grad_key = dot(b_of.to(b_query.dtype), b_query, b_grad_key, PRECISION)
+        b_grad_value = dot((b_weight * b_keep).to(b_grad.dtype), b_grad, b_grad_value, PRECISION)
+    store_rows(p_grad_key + i_kv * n_k * p, p, o_n, m_n, o_p, m_p, b_grad_key * scale)
+    store_rows(p_grad_value + i_kv * n_k * pv, pv, o_n, m_n, o_v, m_v, b_grad_value)
 
 
 # --- launchers ---

@@ -55,30 +55,31 @@ def means_kernel(
     """Means of the strata without the columns of a block; with GEOMETRIC the mean of the columns instead."""
     i_g, i_bh = tl.program_id(0) % G, (tl.program_id(0) // G).to(tl.int64)
     i_b, i_kv = i_bh // H, i_bh // H * (H // GROUP) + i_bh % H // GROUP
-    if i_g < tl.load(p_blocks + i_b):
-        o_c, o_p = tl.program_id(1) * BC + tl.arange(0, BC), tl.program_id(2) * BT + tl.arange(0, BT)
-        b_mean = tl.load(p_mean + i_kv * p + o_p, mask=o_p < p, other=0.0)
-        b_sum, b_drawn = tl.zeros([BC, BT], tl.float32), tl.zeros([BC], tl.float32)
-        for first in range(0, D, BN):
-            o_d = first + tl.arange(0, BN)
-            o_n = tl.load(p_columns + (i_bh * G + i_g) * D + o_d, mask=o_d < D, other=0)
-            b_stratum = tl.load(p_stratum + i_kv * n + o_n, mask=o_d < D, other=-1)
-            p_head = p_x + i_b * stride_b + (i_kv % (H // GROUP)) * stride_h
-            # [BN, BT]
-            b_x = load_centred(p_head, stride_n, o_n, o_d < D, o_p, o_p < p, b_mean)
-            b_members = (b_stratum[None, :] == o_c[:, None]).to(tl.float32).to(b_x.dtype)  # [BC, BN]
-            b_sum = dot(b_members, b_x, b_sum, PRECISION)
-            b_drawn += tl.sum(b_members.to(tl.float32), 1)
-        b_count = tl.load(p_size + i_kv * C + o_c, mask=o_c < C, other=0.0) - b_drawn
-        if GEOMETRIC:
-            b_sum = b_sum / D
-        else:
-            # [BC, BT]
-            b_total = load_rows(p_total + i_kv * C * p, p, o_c, o_c < C, o_p, o_p < p)
-            b_sum = tl.where(b_count[:, None] > 0, b_total - b_sum, 0.0) / tl.maximum(b_count, 1.0)[:, None]
-        i_block = i_bh * G + i_g
-        store_rows(p_out + i_block * C * p, p, o_c, o_c < C, o_p, o_p < p, b_sum)
-        tl.store(p_count + i_block * C + o_c, b_count, mask=o_c < C)
+    if i_g >= tl.load(p_blocks + i_b):
+        return
+    o_c, o_p = tl.program_id(1) * BC + tl.arange(0, BC), tl.program_id(2) * BT + tl.arange(0, BT)
+    b_mean = tl.load(p_mean + i_kv * p + o_p, mask=o_p < p, other=0.0)
+    b_sum, b_drawn = tl.zeros([BC, BT], tl.float32), tl.zeros([BC], tl.float32)
+    for first in range(0, D, BN):
+        o_d = first + tl.arange(0, BN)
+        o_n = tl.load(p_columns + (i_bh * G + i_g) * D + o_d, mask=o_d < D, other=0)
+        b_stratum = tl.load(p_stratum + i_kv * n + o_n, mask=o_d < D, other=-1)
+        p_head = p_x + i_b * stride_b + (i_kv % (H // GROUP)) * stride_h
+        # [BN, BT]
+        b_x = load_centred(p_head, stride_n, o_n, o_d < D, o_p, o_p < p, b_mean)
+        b_members = (b_stratum[None, :] == o_c[:, None]).to(tl.float32).to(b_x.dtype)  # [BC, BN]
+        b_sum = dot(b_members, b_x, b_sum, PRECISION)
+        b_drawn += tl.sum(b_members.to(tl.float32), 1)
+    b_count = tl.load(p_size + i_kv * C + o_c, mask=o_c < C, other=0.0) - b_drawn
+    if GEOMETRIC:
+        b_sum = b_sum / D
+    else:
+        # [BC, BT]
+        b_total = load_rows(p_total + i_kv * C * p, p, o_c, o_c < C, o_p, o_p < p)
+        b_sum = tl.where(b_count[:, None] > 0, b_total - b_sum, 0.0) / tl.maximum(b_count, 1.0)[:, None]
+    i_block = i_bh * G + i_g
+    store_rows(p_out + i_block * C * p, p, o_c, o_c < C, o_p, o_p < p, b_sum)
+    tl.store(p_count + i_block * C + o_c, b_count, mask=o_c < C)
 
 
 @triton.jit
@@ -92,33 +93,34 @@ def covariance_kernel(
     """A tile of `W` (`right` is the key) or of `X` (`right` is the value) of one block."""
     i_g, i_bh = tl.program_id(0) % G, (tl.program_id(0) // G).to(tl.int64)
     i_b, i_kv = i_bh // H, i_bh // H * (H // GROUP) + i_bh % H // GROUP
-    if i_g < tl.load(p_blocks + i_b):
-        i_head, i_block = i_kv % (H // GROUP), i_bh * G + i_g
-        o_p, o_r = tl.program_id(1) * BP + tl.arange(0, BP), tl.program_id(2) * BR + tl.arange(0, BR)
-        b_key_mean = tl.load(p_key_mean + i_kv * p + o_p, mask=o_p < p, other=0.0)
-        b_right_mean = tl.load(p_right_mean + i_kv * pr + o_r, mask=o_r < pr, other=0.0)
-        b_drawn = tl.zeros([BP, BR], tl.float32)
-        for first in range(0, D, BN):
-            o_d = first + tl.arange(0, BN)
-            o_n = tl.load(p_columns + i_block * D + o_d, mask=o_d < D, other=0)
-            # [BN, BP]
-            p_head = p_key + i_b * key_stride_b + i_head * key_stride_h
-            b_key = load_centred(p_head, key_stride_n, o_n, o_d < D, o_p, o_p < p, b_key_mean)
-            # [BN, BR]
-            p_head = p_right + i_b * right_stride_b + i_head * right_stride_h
-            b_right = load_centred(p_head, right_stride_n, o_n, o_d < D, o_r, o_r < pr, b_right_mean)
-            b_drawn = dot(tl.trans(b_key), b_right, b_drawn, PRECISION)
-        for first in range(0, C, BN):
-            o_c = first + tl.arange(0, BN)
-            b_count = tl.load(p_count + i_block * C + o_c, mask=o_c < C, other=0.0)
-            # [BN, BP] and [BN, BR]
-            b_key = load_rows(p_mean_key + i_block * C * p, p, o_c, o_c < C, o_p, o_p < p)
-            b_right = load_rows(p_mean_right + i_block * C * pr, pr, o_c, o_c < C, o_r, o_r < pr)
-            b_drawn = dot(tl.trans(b_key * b_count[:, None]), b_right, b_drawn, PRECISION)
-        # [BP, BR]
-        b_total = load_rows(p_total + i_kv * p * pr, pr, o_p, o_p < p, o_r, o_r < pr)
-        rest = tl.load(p_length + i_b) - D
-        store_rows(p_out + i_block * p * pr, pr, o_p, o_p < p, o_r, o_r < pr, (b_total - b_drawn) / rest)
+    if i_g >= tl.load(p_blocks + i_b):
+        return
+    i_head, i_block = i_kv % (H // GROUP), i_bh * G + i_g
+    o_p, o_r = tl.program_id(1) * BP + tl.arange(0, BP), tl.program_id(2) * BR + tl.arange(0, BR)
+    b_key_mean = tl.load(p_key_mean + i_kv * p + o_p, mask=o_p < p, other=0.0)
+    b_right_mean = tl.load(p_right_mean + i_kv * pr + o_r, mask=o_r < pr, other=0.0)
+    b_drawn = tl.zeros([BP, BR], tl.float32)
+    for first in range(0, D, BN):
+        o_d = first + tl.arange(0, BN)
+        o_n = tl.load(p_columns + i_block * D + o_d, mask=o_d < D, other=0)
+        # [BN, BP]
+        p_head = p_key + i_b * key_stride_b + i_head * key_stride_h
+        b_key = load_centred(p_head, key_stride_n, o_n, o_d < D, o_p, o_p < p, b_key_mean)
+        # [BN, BR]
+        p_head = p_right + i_b * right_stride_b + i_head * right_stride_h
+        b_right = load_centred(p_head, right_stride_n, o_n, o_d < D, o_r, o_r < pr, b_right_mean)
+        b_drawn = dot(tl.trans(b_key), b_right, b_drawn, PRECISION)
+    for first in range(0, C, BN):
+        o_c = first + tl.arange(0, BN)
+        b_count = tl.load(p_count + i_block * C + o_c, mask=o_c < C, other=0.0)
+        # [BN, BP] and [BN, BR]
+        b_key = load_rows(p_mean_key + i_block * C * p, p, o_c, o_c < C, o_p, o_p < p)
+        b_right = load_rows(p_mean_right + i_block * C * pr, pr, o_c, o_c < C, o_r, o_r < pr)
+        b_drawn = dot(tl.trans(b_key * b_count[:, None]), b_right, b_drawn, PRECISION)
+    # [BP, BR]
+    b_total = load_rows(p_total + i_kv * p * pr, pr, o_p, o_p < p, o_r, o_r < pr)
+    rest = tl.load(p_length + i_b) - D
+    store_rows(p_out + i_block * p * pr, pr, o_p, o_p < p, o_r, o_r < pr, (b_total - b_drawn) / rest)
 
 
 # --- launchers ---

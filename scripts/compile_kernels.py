@@ -30,15 +30,14 @@ import json
 
 import torch
 import triton
+from _record import provenance, write_json
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
-
-from _record import provenance, write_json
 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 
-from hf_skein_kernels import ops  # noqa: E402 (the package in this checkout, installed or not)
+from hf_skein_kernels import ops
 
 
 ROOT = Path(__file__).parents[1]
@@ -121,27 +120,39 @@ def launch(dtype: torch.dtype, head_dim: int, **options: Any) -> None:
     """Forward and backward of a small ragged batch with grouped queries, at the default sizes of the selection."""
     n, heads, kv_heads = 2048, 2, 1
     query, key, value = (
-        torch.zeros(1, n, h, head_dim, dtype=dtype).transpose(1, 2).requires_grad_() for h in (heads, kv_heads, kv_heads)
+        torch.zeros(1, n, h, head_dim, dtype=dtype).transpose(1, 2).requires_grad_()
+        for h in (heads, kv_heads, kv_heads)
     )
     mask = torch.ones(1, n, dtype=torch.bool)
     output = ops.skein_attention(query, key, value, mask, mask, **options)
     output.backward(torch.zeros_like(output))
 
 
-def resources(target: str, kernel: Any) -> dict[str, int]:
+def resources(kernel: Any) -> dict[str, int]:
     """Registers per thread, bytes per thread that spilled, bytes of shared memory per program."""
-    if TARGETS[target].gpu.backend == "cuda":
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-            cubin.write(kernel.asm["cubin"])
-            cubin.flush()
-            command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", cubin.name]
-            usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        # Kernels have no arrays of their own, so their stack holds nothing but what did not fit into registers.
-        registers, stack = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK"))
-        return {"registers": registers, "spilled_bytes": stack, "shared_bytes": kernel.metadata.shared}
-    text = kernel.asm["amdgcn"]
-    vector, spilled = (int(re.search(rf"\.{key}:\s+(\d+)", text)[1]) for key in ("vgpr_count", "vgpr_spill_count"))
-    return {"registers": vector, "spilled_bytes": 4 * spilled, "shared_bytes": kernel.metadata.shared}
+    if "cubin" in kernel.asm:
+        with tempfile.TemporaryDirectory() as folder:
+            ptx, cubin = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
+            cubin.write_bytes(kernel.asm["cubin"])
+            usage = _run(triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", cubin)
+            registers, stack = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK"))
+            spilled = 0
+            if stack:  # what a spill needs, but not a spill for sure
+                ptx.write_text(kernel.asm["ptx"])
+                gpu = re.search(r"\.target (\w+)", kernel.asm["ptx"])[1]
+                ptxas = getattr(triton.knobs.nvidia, "ptxas" if kernel.metadata.target.arch < 90 else "ptxas_blackwell")
+                report = _run(ptxas.path, "-v", "--regAllocOptLevel=2", f"--gpu-name={gpu}", ptx, "-o", cubin)
+                spilled = int(re.search(r"(\d+) bytes spill stores", report)[1])
+    else:
+        text = kernel.asm["amdgcn"]
+        registers, spilled = (int(re.search(rf"\.{k}:\s+(\d+)", text)[1]) for k in ("vgpr_count", "vgpr_spill_count"))
+        spilled *= 4
+    return {"registers": registers, "spilled_bytes": spilled, "shared_bytes": kernel.metadata.shared}
+
+
+def _run(*command: Any) -> str:
+    done = subprocess.run([str(x) for x in command], capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
 
 
 def describe(name: str, kernel: Any) -> dict[str, Any]:
@@ -171,7 +182,7 @@ def compile_all(targets: list[str], dtypes: list[str], head_dims: list[int], var
                         if (target, kernel.hash) in seen:
                             continue
                         seen.add((target, kernel.hash))
-                        used = resources(target, kernel)
+                        used = resources(kernel)
                         fits = used["shared_bytes"] <= TARGETS[target].shared
                         where = {"target": target, "dtype": dtype, "head_dim": head_dim, "variant": variant}
                         rows.append({**where, **describe(name, kernel), **used, "fits": fits})
@@ -204,7 +215,9 @@ def table(rows: list[dict], dtype: str = "bfloat16") -> str:
     def most(some: list[dict] | None) -> str:
         if not some:
             return ""
-        registers, spilled, shared = (max(row[k] for row in some) for k in ("registers", "spilled_bytes", "shared_bytes"))
+        registers, spilled, shared = (
+            max(row[k] for row in some) for k in ("registers", "spilled_bytes", "shared_bytes")
+        )
         return f"{registers} / {spilled} / {shared / 1024:.0f}"
 
     for key, by_target in sorted(cells.items()):

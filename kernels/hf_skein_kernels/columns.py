@@ -149,29 +149,31 @@ def load_scores(
     # [N]
     b_bias = tl.load(p_bias + o_rank, mask=m_rank, other=0.0)
     if PARTS == 0:
-        return b_bias[:, None] + tl.zeros([1, BG], tl.float32)
-    o_p = tl.arange(0, P)
-    # [N, P]
-    b_k = load_rows(p_k, stride_n, o_n, m_rank, o_p, o_p < p)
-    if PARTS == 1:
-        # [BG, P]
-        b_pilots = load_rows(p_pilots, p, o_g, m_g, o_p, o_p < p)
-        return dot(b_k, tl.trans(b_pilots), None, PRECISION) * scale + b_bias[:, None]
-    # The root mean square of several parts' probabilities, in logarithms.
-    b_spread = tl.load(p_spread + o_rank, mask=m_rank, other=0.0)
-    b_largest = tl.full([o_rank.shape[0], BG], -1e38, tl.float32)
-    b_sum = tl.zeros([o_rank.shape[0], BG], tl.float32)
-    for i in range(PARTS):
-        o_row = o_g * PARTS + i
-        b_lse = load_lse(p_lse, o_row, m_g, BLOCKS * PARTS, length, PIECE)
-        # [BG, P]
-        b_pilots = load_rows(p_pilots, p, o_row, m_g, o_p, o_p < p)
-        b_logits = dot(b_k, tl.trans(b_pilots), None, PRECISION) * scale + b_spread[:, None]
-        b_square = 2.0 * (b_logits - b_lse[None, :])
-        b_new = tl.maximum(b_largest, b_square)
-        b_sum = b_sum * tl.exp(b_largest - b_new) + tl.exp(b_square - b_new)
-        b_largest = b_new
-    return 0.5 * (b_largest + tl.log(b_sum)) + b_bias[:, None]
+        b_score = tl.zeros([1, BG], tl.float32)
+    else:
+        o_p = tl.arange(0, P)
+        # [N, P]
+        b_k = load_rows(p_k, stride_n, o_n, m_rank, o_p, o_p < p)
+        if PARTS == 1:
+            # [BG, P]
+            b_pilots = load_rows(p_pilots, p, o_g, m_g, o_p, o_p < p)
+            b_score = dot(b_k, tl.trans(b_pilots), None, PRECISION) * scale
+        else:  # the root mean square of several parts' probabilities, in logarithms
+            b_spread = tl.load(p_spread + o_rank, mask=m_rank, other=0.0)
+            b_largest = tl.full([o_rank.shape[0], BG], -1e38, tl.float32)
+            b_sum = tl.zeros([o_rank.shape[0], BG], tl.float32)
+            for i in range(PARTS):
+                o_row = o_g * PARTS + i
+                b_lse = load_lse(p_lse, o_row, m_g, BLOCKS * PARTS, length, PIECE)
+                # [BG, P]
+                b_pilots = load_rows(p_pilots, p, o_row, m_g, o_p, o_p < p)
+                b_logits = dot(b_k, tl.trans(b_pilots), None, PRECISION) * scale + b_spread[:, None]
+                b_square = 2.0 * (b_logits - b_lse[None, :])
+                b_new = tl.maximum(b_largest, b_square)
+                b_sum = b_sum * tl.exp(b_largest - b_new) + tl.exp(b_square - b_new)
+                b_largest = b_new
+            b_score = 0.5 * (b_largest + tl.log(b_sum))
+    return b_score + b_bias[:, None]
 
 
 @triton.jit

@@ -12,12 +12,13 @@ take, and shared memory, and whether it fits. It also writes the table of docs/k
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,10 +27,9 @@ from unittest import mock
 
 os.environ["TRITON_INTERPRET"] = "0"
 
-import json
-
 import torch
 import triton
+from _document import markdown_table, rewrite
 from _record import provenance, write_json
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
@@ -95,14 +95,19 @@ class _Driver:
 
 
 @contextmanager
-def compiling(target: str) -> Iterator[list]:
-    """Within it a launch compiles the kernel for the target and appends what Triton made of it to the list."""
+def compiling(target: str, only: Collection[str] = ()) -> Iterator[list]:
+    """Within it a launch compiles the kernel for the target and appends what Triton made of it to the list.
+
+    Args:
+        target: A name of `TARGETS`.
+        only: Kernels, as `file.name`; empty for all.
+    """
     compiled, run = [], JITFunction.run
 
     def compile_only(self, *args, grid, warmup, **kwargs):
-        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        compiled.append((f"{self.__module__.rpartition('.')[2]}.{self.__name__.removesuffix('_kernel')}", kernel))
-        return kernel
+        name = f"{self.__module__.rpartition('.')[2]}.{self.__name__.removesuffix('_kernel')}"
+        if not only or name in only:
+            compiled.append((name, run(self, *args, grid=grid, warmup=True, **kwargs)))
 
     def zeros(make):  # nothing is computed, but launchers may use a result as an index
         return lambda *args, **kwargs: make(*args, **kwargs).zero_()
@@ -165,7 +170,9 @@ def describe(name: str, kernel: Any) -> dict[str, Any]:
     }
 
 
-def compile_all(targets: list[str], dtypes: list[str], head_dims: list[int], variants: list[str]) -> list[dict]:
+def compile_all(
+    targets: list[str], dtypes: list[str], head_dims: list[int], variants: list[str], only: Collection[str] = ()
+) -> list[dict]:
     """One row per kernel, specialisation and target.
 
     Raises:
@@ -176,7 +183,7 @@ def compile_all(targets: list[str], dtypes: list[str], head_dims: list[int], var
         for dtype in dtypes:
             for head_dim in head_dims:
                 for variant in variants:
-                    with compiling(target) as compiled:
+                    with compiling(target, only) as compiled:
                         launch(DTYPES[dtype], head_dim, **VARIANTS[variant])
                     for name, kernel in compiled:
                         if (target, kernel.hash) in seen:
@@ -205,35 +212,19 @@ def problems(rows: list[dict]) -> list[str]:
 def table(rows: list[dict], dtype: str = "bfloat16") -> str:
     """Markdown: for each kernel and head dimension the most that any of its variants takes, by target."""
     targets = list(dict.fromkeys(row["target"] for row in rows))
-    lines = ["| kernel | head dim | warps | " + " | ".join(targets) + " |", "|---" * (3 + len(targets)) + "|"]
     cells: dict[tuple, dict[str, list]] = {}
     for row in rows:
         if row["dtype"] == dtype:
             key = (row["kernel"], row["head_dim"], row["warps"])
             cells.setdefault(key, {}).setdefault(row["target"], []).append(row)
 
-    def most(some: list[dict] | None) -> str:
-        if not some:
-            return ""
-        registers, spilled, shared = (
-            max(row[k] for row in some) for k in ("registers", "spilled_bytes", "shared_bytes")
-        )
-        return f"{registers} / {spilled} / {shared / 1024:.0f}"
+    def most(some: list[dict]) -> str:
+        kinds = ("registers", "spilled_bytes", "shared_bytes")
+        registers, spilled, shared = (max((row[kind] for row in some), default=0) for kind in kinds)
+        return f"{registers} / {spilled} / {shared / 1024:.0f}" if some else ""
 
-    for key, by_target in sorted(cells.items()):
-        lines.append("| " + " | ".join([*map(str, key), *(most(by_target.get(t)) for t in targets)]) + " |")
-    return "\n".join(lines)
-
-
-def write_table(record: Path, document: Path) -> None:
-    """Replace what stands between the markers of the document."""
-    text = table(json.loads(record.read_text())["rows"])
-    marked = re.compile(r"(<!-- compiled: begin -->\n).*?(<!-- compiled: end -->)", re.S)
-    old = document.read_text()
-    new, count = marked.subn(lambda m: f"{m[1]}{text}\n{m[2]}", old)
-    if count != 1:
-        raise ValueError(f"{document} has {count} places marked `<!-- compiled: begin -->`; expected is one.")
-    document.write_text(new)
+    body = [[*key, *(most(by_target.get(t, [])) for t in targets)] for key, by_target in sorted(cells.items())]
+    return markdown_table(["kernel", "head dim", "warps", *targets], body)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -242,13 +233,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--head-dim", nargs="+", type=int, default=list(HEAD_DIMS))
     parser.add_argument("--variant", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--kernel", nargs="+", default=(), help="only these, as file.name, such as columns.select")
     parser.add_argument("--output", type=Path, default=RECORD)
     parser.add_argument("--table", action="store_true", help="write the table of docs/kernels.md from the record")
     options = parser.parse_args(arguments)
     if options.table:
-        write_table(options.output, DOCUMENT)
+        rewrite(DOCUMENT, "compiled", table(json.loads(options.output.read_text())["rows"]))
         return 0
-    rows = compile_all(options.target, options.dtype, options.head_dim, options.variant)
+    rows = compile_all(options.target, options.dtype, options.head_dim, options.variant, options.kernel)
     found = problems(rows)
     write_json(options.output, {**provenance("triton"), "problems": found, "rows": rows})
     print(*found, sep="\n")

@@ -66,7 +66,7 @@ def bias_kernel(
         # [BN, P]
         b_k = load_rows(p_k, k_stride_n, o_n, m_rank, o_p, o_p < p).to(tl.float32) - b_key_mean[None, :]
         b_spread = tl.zeros([BN], tl.float32)
-        for tile in tl.static_range(0, P, BT):
+        for tile in range(0, P, BT):
             o_t = tile + tl.arange(0, BT)
             b_key_mean_t = tl.load(p_key_mean + (i_bh // GROUP) * p + o_t, mask=o_t < p, other=0.0)
             # [P, BT], [BN, BT]
@@ -385,7 +385,7 @@ def block_bias(
     bias_kernel[(batch * heads * chunks,)](
         key, value, key_mean, value_mean, covariance, layout.key_index, layout.key_length, layout.blocks, bias, spread,
         *key.stride()[:3], *value.stride()[:3], n, heads, heads // key.shape[1], chunks, exact_rows,
-        p=p, pv=pv, P=padded(p), PV=padded(pv), BT=min(64, padded(p)), PIECE=PIECE, BN=conf.keys, SEPARATE=separate,
+        p=p, pv=pv, P=padded(p), PV=padded(pv), BT=min(16, padded(p)), PIECE=PIECE, BN=conf.keys, SEPARATE=separate,
         PRECISION=precision(key), num_warps=conf.warps, num_stages=conf.stages,
     )  # fmt: skip
     return bias, spread

@@ -112,7 +112,7 @@ def _backend(config: SkeinConfig, query: Tensor, value: Tensor) -> str:
     """The backend of one call: `auto` resolved, and whatever `triton` cannot do refused."""
     if config.backend in ("torch", "reference") or (config.backend == "auto" and query.device.type != "cuda"):
         return config.backend
-    reason = _why_no_kernels(config, query, value)
+    reason = why_no_kernels(config, query, value)
     if reason is None:
         return "triton"
     if config.backend == "triton":
@@ -121,7 +121,8 @@ def _backend(config: SkeinConfig, query: Tensor, value: Tensor) -> str:
     return "torch"
 
 
-def _why_no_kernels(config: SkeinConfig, query: Tensor, value: Tensor) -> str | None:
+def why_no_kernels(config: SkeinConfig, query: Tensor, value: Tensor) -> str | None:
+    """The reason why the Triton kernels cannot compute this, or None if they can."""
     if config.method == "vmean":
         return 'method="vmean" has no kernel'
     if config.row_normalization == "none":

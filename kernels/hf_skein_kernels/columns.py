@@ -2,10 +2,10 @@
 
 A radix selection in four passes over the keys, each of which computes the scores again, tile by tile, as products of
 pilots and keys. Scores count as 16-bit integers, at even spacing between the lowest and the highest finite one of the
-block. The passes find: the range; how many codes have each upper byte, hence that of the `d`-th largest; the same for the
-lower byte, chunk by chunk, hence how many of its columns a chunk holds; and then write the columns. Equal codes go by
-position. A threshold by radix needs a fixed number of passes and a workspace that does not grow with `n`; a
-streaming heap is serial, and merging sorted tiles costs more than the products.
+block. The passes find: the range; how many codes have each upper byte, hence that of the `d`-th largest; the same for
+the lower byte, chunk by chunk, hence how many of its columns a chunk holds; and then write the columns. Equal codes go
+by position. A threshold by radix needs a fixed number of passes and a workspace that does not grow with `n`; a heap is
+serial, and merging sorted tiles costs more than the products.
 
 All passes run one compiled kernel, so that they see the same bits of every score. Counting is by integer atomics, whose
 order does not matter: the result is the same in every run, and in ascending order.
@@ -66,7 +66,7 @@ def bias_kernel(
         # [BN, P]
         b_k = load_rows(p_k, k_stride_n, o_n, m_rank, o_p, o_p < p).to(tl.float32) - b_key_mean[None, :]
         b_spread = tl.zeros([BN], tl.float32)
-        for tile in tl.static_range(0, P, BT):
+        for tile in range(0, P, BT):
             o_t = tile + tl.arange(0, BT)
             b_key_mean_t = tl.load(p_key_mean + (i_bh // GROUP) * p + o_t, mask=o_t < p, other=0.0)
             # [P, BT], [BN, BT]
@@ -149,29 +149,31 @@ def load_scores(
     # [N]
     b_bias = tl.load(p_bias + o_rank, mask=m_rank, other=0.0)
     if PARTS == 0:
-        return b_bias[:, None] + tl.zeros([1, BG], tl.float32)
-    o_p = tl.arange(0, P)
-    # [N, P]
-    b_k = load_rows(p_k, stride_n, o_n, m_rank, o_p, o_p < p)
-    if PARTS == 1:
-        # [BG, P]
-        b_pilots = load_rows(p_pilots, p, o_g, m_g, o_p, o_p < p)
-        return dot(b_k, tl.trans(b_pilots), None, PRECISION) * scale + b_bias[:, None]
-    # The root mean square of several parts' probabilities, in logarithms.
-    b_spread = tl.load(p_spread + o_rank, mask=m_rank, other=0.0)
-    b_largest = tl.full([o_rank.shape[0], BG], -1e38, tl.float32)
-    b_sum = tl.zeros([o_rank.shape[0], BG], tl.float32)
-    for i in range(PARTS):
-        o_row = o_g * PARTS + i
-        b_lse = load_lse(p_lse, o_row, m_g, BLOCKS * PARTS, length, PIECE)
-        # [BG, P]
-        b_pilots = load_rows(p_pilots, p, o_row, m_g, o_p, o_p < p)
-        b_logits = dot(b_k, tl.trans(b_pilots), None, PRECISION) * scale + b_spread[:, None]
-        b_square = 2.0 * (b_logits - b_lse[None, :])
-        b_new = tl.maximum(b_largest, b_square)
-        b_sum = b_sum * tl.exp(b_largest - b_new) + tl.exp(b_square - b_new)
-        b_largest = b_new
-    return 0.5 * (b_largest + tl.log(b_sum)) + b_bias[:, None]
+        b_score = tl.zeros([1, BG], tl.float32)
+    else:
+        o_p = tl.arange(0, P)
+        # [N, P]
+        b_k = load_rows(p_k, stride_n, o_n, m_rank, o_p, o_p < p)
+        if PARTS == 1:
+            # [BG, P]
+            b_pilots = load_rows(p_pilots, p, o_g, m_g, o_p, o_p < p)
+            b_score = dot(b_k, tl.trans(b_pilots), None, PRECISION) * scale
+        else:  # the root mean square of several parts' probabilities, in logarithms
+            b_spread = tl.load(p_spread + o_rank, mask=m_rank, other=0.0)
+            b_largest = tl.full([o_rank.shape[0], BG], -1e38, tl.float32)
+            b_sum = tl.zeros([o_rank.shape[0], BG], tl.float32)
+            for i in range(PARTS):
+                o_row = o_g * PARTS + i
+                b_lse = load_lse(p_lse, o_row, m_g, BLOCKS * PARTS, length, PIECE)
+                # [BG, P]
+                b_pilots = load_rows(p_pilots, p, o_row, m_g, o_p, o_p < p)
+                b_logits = dot(b_k, tl.trans(b_pilots), None, PRECISION) * scale + b_spread[:, None]
+                b_square = 2.0 * (b_logits - b_lse[None, :])
+                b_new = tl.maximum(b_largest, b_square)
+                b_sum = b_sum * tl.exp(b_largest - b_new) + tl.exp(b_square - b_new)
+                b_largest = b_new
+            b_score = 0.5 * (b_largest + tl.log(b_sum))
+    return b_score + b_bias[:, None]
 
 
 @triton.jit
@@ -217,7 +219,7 @@ def select_kernel(
 
     # What the stages before found; not used before they have run.
     b_low, b_unit = tl.zeros([BG], tl.float32), tl.zeros([BG], tl.float32)
-    b_byte, b_over, b_code_at = tl.zeros([BG], tl.int32), tl.zeros([BG], tl.int32), tl.zeros([BG], tl.int32)
+    b_byte, b_code_at = tl.zeros([BG], tl.int32), tl.zeros([BG], tl.int32)
     b_need, b_above, b_ties = tl.zeros([BG], tl.int32), tl.zeros([BG], tl.int32), tl.zeros([BG], tl.int32)
     if stage > 0:
         o_chunk = tl.arange(0, MOST_CHUNKS)
@@ -229,7 +231,7 @@ def select_kernel(
     if stage == 2:
         p_bytes = p_histogram + o_g[:, None] * 256 + tl.arange(0, 256)[None, :]
         b_histogram = tl.load(p_bytes, mask=m_g[:, None], other=0)
-        b_byte, b_over = bin_from_above(b_histogram, tl.full([BG], d, tl.int32))
+        b_byte, _ = bin_from_above(b_histogram, tl.full([BG], d, tl.int32))
     if stage == 3:
         b_code_at = tl.load(p_threshold + (i_bh * BLOCKS + o_g) * 2, mask=m_g, other=0)
         b_need = tl.load(p_threshold + (i_bh * BLOCKS + o_g) * 2 + 1, mask=m_g, other=0)
@@ -383,7 +385,7 @@ def block_bias(
     bias_kernel[(batch * heads * chunks,)](
         key, value, key_mean, value_mean, covariance, layout.key_index, layout.key_length, layout.blocks, bias, spread,
         *key.stride()[:3], *value.stride()[:3], n, heads, heads // key.shape[1], chunks, exact_rows,
-        p=p, pv=pv, P=padded(p), PV=padded(pv), BT=min(64, padded(p)), PIECE=PIECE, BN=conf.keys, SEPARATE=separate,
+        p=p, pv=pv, P=padded(p), PV=padded(pv), BT=min(16, padded(p)), PIECE=PIECE, BN=conf.keys, SEPARATE=separate,
         PRECISION=precision(key), num_warps=conf.warps, num_stages=conf.stages,
     )  # fmt: skip
     return bias, spread
@@ -406,8 +408,8 @@ def top_columns(
         layout: The layout.
 
     Returns:
-        `[B, H, blocks, d]` int32, positions of keys; `blocks` is 1 without pilots. Zeros for blocks that a sequence does
-        not have.
+        `[B, H, blocks, d]` int32, positions of keys; `blocks` is 1 without pilots. Zeros for blocks that a
+        sequence does not have.
     """
     batch, heads, n = bias.shape
     p, device = key.shape[-1], key.device

@@ -111,7 +111,7 @@ def covariance(
     Returns:
         `[B, H, p, p]` float32; undefined where a sequence is left out.
     """
-    batch, heads, n, p = x.shape
+    batch, heads, _, p = x.shape
     out = torch.empty(batch, heads, p, p, dtype=torch.float32, device=x.device)
     conf, tile = config("covariance", padded(p)), min(64, padded(p))
     index_strides = (*index.stride()[:-1], 0)[:2]

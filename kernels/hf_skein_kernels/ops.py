@@ -12,8 +12,10 @@ from .residual import residual
 from .tiles import INTERPRETED
 
 
-_NUM_SELECTION = len(Selection._fields)
+# Of the operators. Loaded from the Hub the package has another, unique name, and so have they.
+NAMESPACE = "hf_skein" if __package__ == "hf_skein.kernels" else __package__.replace(".", "_")
 
+_NUM_SELECTION = len(Selection._fields)
 
 KINDS = ("second_order", "mean", "geometric", "simple")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -22,7 +24,7 @@ MAX_HEAD_DIM = 256
 # --- operators ---
 
 
-@torch.library.custom_op("hf_skein::select", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::select", mutates_args=())
 def select(
     query: Tensor,
     key: Tensor,
@@ -86,7 +88,7 @@ def _(
     return means + [query.new_empty(batch, *shape, dtype=torch.int32) for shape in shapes]
 
 
-@torch.library.custom_op("hf_skein::attend", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::attend", mutates_args=())
 def attend(
     query: Tensor,
     key: Tensor,
@@ -140,7 +142,7 @@ def _(query, key, value, constants, dropout_seed, *options):
     return _outputs(query, value)
 
 
-@torch.library.custom_op("hf_skein::attend_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::attend_backward", mutates_args=())
 def attend_backward(
     grad: Tensor,
     query: Tensor,

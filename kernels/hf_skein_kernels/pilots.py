@@ -117,7 +117,8 @@ def block_means(query: Tensor, order: Tensor, blocks: int, parts: int, layout: L
         layout: The layout.
 
     Returns:
-        `[B, H, blocks, parts, p]` in the dtype of `query`; zero for a part that a sequence lacks, undefined for a block.
+        `[B, H, blocks, parts, p]` in the dtype of `query`; zero for a part that a sequence lacks,
+        undefined for a block.
     """
     batch, heads, n, p = query.shape
     out = torch.empty(batch, heads, SHARES, blocks, parts, p, dtype=torch.float32, device=query.device)

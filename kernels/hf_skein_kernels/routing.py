@@ -73,8 +73,7 @@ def components_kernel(
     `LᵀCL`. Written with `y = Σ e` no factor is needed: iterate `e ← C Σ e` and keep `eᵀΣe` the identity.
     """
     i_bh = tl.program_id(0).to(tl.int64)
-    i_b, i_h = i_bh // HEADS, i_bh % HEADS
-    if tl.load(p_blocks + i_b) < 2:
+    if tl.load(p_blocks + i_bh // HEADS) < 2:
         return
     p_keys += (i_bh // GROUP) * p * p  # HEADS is GROUP times the number of key heads
     p_queries += i_bh * p * p

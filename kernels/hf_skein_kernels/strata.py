@@ -50,11 +50,11 @@ def means_kernel(
     o_p, o_c = tl.arange(0, P), tl.arange(0, C)
     b_key_mean = tl.load(p_key_mean + i_bh * p + o_p, mask=o_p < p, other=0.0)
     step = tl.cdiv(length, c)
-    o_rank = step // 2 + step * o_c
-    m_c = (o_rank < length) & (o_c < c)
-    o_n = tl.load(p_index + o_rank, mask=m_c, other=0)
+    o_start = step // 2 + step * o_c
+    m_c = (o_start < length) & (o_c < c)
+    o_start = tl.load(p_index + o_start, mask=m_c, other=0)
     # [C, P]
-    b_means = load_rows(p_k, stride_n, o_n, m_c, o_p, o_p < p).to(tl.float32) - b_key_mean[None, :]
+    b_means = load_rows(p_k, stride_n, o_start, m_c, o_p, o_p < p).to(tl.float32) - b_key_mean[None, :]
     step = tl.cdiv(length, SAMPLE)
     for _ in range(ITERATIONS):
         b_sum = tl.zeros([C, P], tl.float32)

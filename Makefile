@@ -16,7 +16,7 @@ help:
 
 $(VENV)/.installed-test: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[test]"
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[test,hub-kernel]"
 	touch $@ $(VENV)/.installed-demo
 
 $(VENV)/.installed-demo: pyproject.toml constraints.txt
@@ -24,7 +24,8 @@ $(VENV)/.installed-demo: pyproject.toml constraints.txt
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[demo]"
 	touch $@
 
-# The same pins, but for Transformers and the two packages that it pins itself.
+# The same pins, but for Transformers and the two packages that it pins itself. Without `kernels`, whose present versions
+# the oldest Transformers cannot import.
 $(OLDEST)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(OLDEST)
 	sed -e 's/^transformers==.*/transformers==$(OLDEST_TRANSFORMERS)/' -e '/^huggingface_hub==/d' -e '/^tokenizers==/d' \

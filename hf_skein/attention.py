@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+import logging
 from collections.abc import Iterator
 
 import torch
@@ -18,6 +21,10 @@ _SELECT = {"adaptive": adaptive.select, "skeinformer": skeinformer.select}
 
 # Some heads after others, so that the many passes over their queries, keys and values find them in the cache.
 NUMBERS_PER_STEP = 2**21
+
+logger = logging.getLogger(__name__)
+
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 _DROPPED = -1000.0  # no logit survives this or less
 
@@ -59,9 +66,10 @@ def skein_attention(
         `[batch, heads, n_q, pv]`, in the dtype of `query`.
 
     Raises:
-        ValueError: Shapes, dtypes or the mask do not fit; the message says what was given and what is expected.
+        ValueError: Shapes, dtypes or the mask do not fit, or `backend="triton"` cannot compute this; the message says
+            what was given and what is expected.
     """
-    config = (config or SkeinConfig()).for_layer(layer)
+    config = (SkeinConfig() if config is None else config).for_layer(layer)
     _check_shapes(query, key, value)
     global_mask = _global_mask(global_mask, query, key, query_mask, config)
     if scaling is None:
@@ -72,6 +80,10 @@ def skein_attention(
         query_mask = mask if n_q == n_k else None
     else:
         query_mask = _padding_mask(query_mask, "query_mask", query.shape[0], n_q)
+    is_sketched = config.method != "exact" and n_k > config.exact_length and query.shape[0] * n_q > 0
+    if is_sketched and _backend(config, query, value, global_mask) == "triton":
+        return _by_kernels(query, key, value, mask, query_mask, scaling, config, layer, dropout)
+    mask, query_mask = _none_if_all(mask), _none_if_all(query_mask)
 
     if config.method == "exact" or n_k <= config.exact_length:
         return exact_attention(query, key, value, mask, scaling, dropout)
@@ -96,6 +108,81 @@ def skein_attention(
     ]
     output = heads[0] if len(heads) == 1 else torch.cat(heads)
     return output.view(*query.shape[:3], value.shape[-1])
+
+
+# --- kernels ---
+
+
+def _backend(config: SkeinConfig, query: Tensor, value: Tensor, global_mask: Tensor | None = None) -> str:
+    """The backend of one call: `auto` resolved, and whatever `triton` cannot do refused."""
+    if config.backend in ("torch", "reference") or (config.backend == "auto" and query.device.type != "cuda"):
+        return config.backend
+    reason = why_no_kernels(config, query, value) if global_mask is None else "global tokens have no kernel"
+    if reason is None:
+        return "triton"
+    if config.backend == "triton":
+        raise ValueError(f'backend="triton" cannot compute this: {reason}. Use backend="auto" or "torch".')
+    _log_no_kernels(reason)
+    return "torch"
+
+
+def why_no_kernels(config: SkeinConfig, query: Tensor, value: Tensor) -> str | None:
+    """The reason why the Triton kernels cannot compute this, or None if they can."""
+    if config.method == "vmean":
+        return 'method="vmean" has no kernel'
+    if config.row_normalization == "none":
+        return 'row_normalization="none", an ablation, has no kernel'
+    if not _HAS_TRITON:
+        return "triton is not installed"
+    from . import kernels  # triton takes a while to load, and is not there on every platform
+
+    return kernels.why_not(query, value)
+
+
+@functools.cache
+def _log_no_kernels(reason: str) -> None:
+    logger.warning(f"skein: the PyTorch path runs instead of the Triton kernels: {reason}.")
+
+
+def _by_kernels(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    query_mask: Tensor | None,
+    scale: float,
+    config: SkeinConfig,
+    layer: int,
+    dropout: float,
+) -> Tensor:
+    from . import kernels
+
+    is_adaptive = config.method == "adaptive"
+    return kernels.skein_attention(
+        query,
+        key,
+        value,
+        mask,
+        query_mask,
+        method=config.method,
+        kind=config.resolved_residual if config.row_normalization == "adaptive" else config.row_normalization,
+        scale=scale,
+        num_columns=config.num_columns,
+        num_strata=config.resolved_strata,
+        num_pilots=config.num_pilots or (1 if is_adaptive else config.num_columns),
+        block_size=config.block_size,
+        max_blocks=config.max_blocks,
+        exact_rows=config.exact_rows,
+        exact_length=config.exact_length,
+        pilot_reutilization=config.pilot_reutilization,
+        uniform=config.column_sampling == "uniform",
+        seed=config.seed,
+        layer=layer,
+        dropout=dropout,
+    )
+
+
+# --- exact attention ---
 
 
 def exact_attention(
@@ -124,6 +211,9 @@ def valid_from_additive(mask: Tensor) -> Tensor | None:
     """An additive `mask` as bool with True for valid, if it only adds zero or what no logit survives; else None."""
     dropped = mask <= _DROPPED
     return ~dropped if bool((dropped | (mask == 0)).all()) else None
+
+
+# --- the other backends, sequence by sequence ---
 
 
 def _one_sequence(
@@ -262,7 +352,7 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
 
 
 def _padding_mask(mask: Tensor | None, name: str, batch: int, n: int) -> Tensor | None:
-    """`mask` as `[batch, n]` bool with True for valid; None if nothing is padding."""
+    """`mask` as `[batch, n]` bool with True for valid. A bool mask is not looked into, which would wait for a GPU."""
     if mask is None:
         return None
     if mask.ndim == 4 and mask.shape[1] == mask.shape[2] == 1:
@@ -287,5 +377,11 @@ def _padding_mask(mask: Tensor | None, name: str, batch: int, n: int) -> Tensor 
                 f"An integer {name} holds 0 and 1; got values from {mask.min().item()} to {mask.max().item()}."
             )
         mask = mask.bool()
-    mask = mask.expand(batch, n)
+    return mask.expand(batch, n)
+
+
+def _none_if_all(mask: Tensor | None) -> Tensor | None:
+    """`mask`, or None if nothing is padding; a graph that is being compiled must hold for either."""
+    if mask is None or torch.compiler.is_compiling():
+        return mask
     return None if bool(mask.all()) else mask

@@ -16,7 +16,7 @@ _CHOICES = {
     "column_sampling": ("importance", "uniform"),
     "row_normalization": ("adaptive", "simple", "none"),
     "residual": (None, "second_order", "mean", "geometric"),
-    "backend": ("auto", "torch", "reference"),
+    "backend": ("auto", "torch", "triton", "reference"),
 }
 _MINIMUM = {
     "num_columns": 1,
@@ -61,7 +61,8 @@ class SkeinConfig:
             than it saves.
         seed: Key of the counter-based random numbers (`skeinformer` and uniform columns; `adaptive` draws none).
         strict: Raise where the sketch cannot represent what the model asks for, instead of running exact attention.
-        backend: `"auto"`, `"torch"` (chunked, linear memory) or `"reference"` (the formulas, slow, for checking).
+        backend: `"torch"` (chunked, linear memory), `"triton"` (kernels for CUDA and ROCm), `"reference"` (the
+            formulas, slow, for checking) or `"auto"`: triton on CUDA and ROCm where the kernels can, else torch.
         layers: Per-layer overrides, e.g. `{0: {"method": "exact"}, 1: {"num_columns": 256}}`.
 
     Raises:

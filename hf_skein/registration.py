@@ -319,6 +319,8 @@ def _skein_config(config: PretrainedConfig | None) -> SkeinConfig:
         values = {**_columns_of_window(window), **values}
     if not values:
         return SkeinConfig()
+    if torch.compiler.is_compiling():  # a graph reads the fields and is guarded by them
+        return SkeinConfig.from_dict(values)
     try:
         text = json.dumps(values, sort_keys=True)
     except TypeError as error:

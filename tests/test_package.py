@@ -2,9 +2,8 @@ import re
 from importlib.metadata import version
 from pathlib import Path
 
-import hf_skein.kernels
-
 import hf_skein
+import hf_skein.kernels
 
 
 ROOT = Path(__file__).parents[1]

@@ -1,0 +1,116 @@
+"""What a method selects, composed of routing, pilots, columns and strata. No gradient flows through a choice."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import strata
+from .columns import block_bias, draw_scores, top_columns
+from .covariance import covariance
+from .layout import Layout, Selection
+from .pilots import block_means, random_rows
+from .random import random_key
+from .routing import route
+
+
+SAMPLE = 1024  # queries that the spread about the pilots is taken from
+
+
+def adaptive(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mean: Tensor,
+    value_mean: Tensor,
+    layout: Layout,
+    *,
+    scale: float,
+    blocks: int,
+    num_columns: int,
+    num_strata: int,
+    num_pilots: int = 1,
+    exact_rows: int = 0,
+    uniform: bool = False,
+    seed: int = 0,
+    layer: int = 0,
+) -> Selection:
+    """Routed blocks, each with the columns that its pilots and the values make matter; `sketch.adaptive.select`.
+
+    Args:
+        query: `[B, H, n_q, p]`, last stride 1.
+        key: `[B, HK, n_k, p]`, last stride 1.
+        value: `[B, HK, n_k, pv]`, last stride 1.
+        key_mean: `[B, HK, p]` float32, over the valid keys.
+        value_mean: `[B, HK, pv]` float32, likewise.
+        layout: Where the valid tokens are, and how many blocks they make.
+        scale: Multiplies the logits.
+        blocks: Most blocks of a sequence of the padded length, a power of two.
+        num_columns: Columns per block, fewer than the valid keys of every sequence that is sketched.
+        num_strata: Strata per key head.
+        num_pilots: Parts of each block whose means are its pilots.
+        exact_rows: The first valid queries, which are exact rows; the first valid keys are columns of every block.
+        uniform: Draw the columns instead, the same for all blocks.
+        seed: Of the random numbers, from 0 to 2**32 - 1.
+        layer: Likewise.
+
+    Returns:
+        The selection.
+    """
+    heads = query.shape[1]
+    order = route(query, key, blocks, layout)
+    if uniform:
+        score = draw_scores(None, key, value, heads, scale, random_key(seed, layer), exact_rows, layout)
+        columns = top_columns(None, key, score, score, num_columns, scale, layout).expand(-1, -1, blocks, -1)
+    else:
+        pilots = block_means(query, order, blocks, num_pilots, layout)
+        spread = covariance(
+            query, order, layout.query_length, layout.blocks, sample=SAMPLE, pilots=pilots, factor=scale**2 / 2
+        )
+        bias = block_bias(key, value, key_mean, value_mean, spread, exact_rows, num_pilots > 1, layout)
+        columns = top_columns(pilots, key, *bias, num_columns, scale, layout)
+    rows = layout.query_index[:, :exact_rows]
+    rank = torch.arange(rows.shape[1], device=rows.device)
+    rows = rows.masked_fill(rank >= layout.query_length[:, None], -1)
+    return Selection(
+        order,
+        columns.contiguous(),
+        rows[:, None].expand(-1, heads, -1).contiguous(),
+        strata.assign(key, key_mean, num_strata, layout),
+    )
+
+
+def skeinformer(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mean: Tensor,
+    layout: Layout,
+    *,
+    scale: float,
+    num_columns: int,
+    num_strata: int,
+    num_pilots: int,
+    pilot_reutilization: bool = True,
+    uniform: bool = False,
+    seed: int = 0,
+    layer: int = 0,
+) -> Selection:
+    """Steps 1 to 3 of Algorithm 1 of the paper, with the random numbers of `sketch.skeinformer.select`; one block.
+
+    Args:
+        num_pilots: Random rows, drawn with replacement.
+        pilot_reutilization: Whether these are exact rows.
+        uniform: Draw all columns with the same probability.
+
+    The others are those of `adaptive`.
+    """
+    numbers = random_key(seed, layer)
+    pilots, exact_rows = random_rows(query, num_pilots, numbers, layout)
+    score = draw_scores(None if uniform else pilots, key, value, query.shape[1], scale, numbers, 0, layout)
+    return Selection(
+        route(query, key, 1, layout),
+        top_columns(None, key, score, score, num_columns, scale, layout),
+        exact_rows if pilot_reutilization else exact_rows[..., :0].contiguous(),
+        strata.assign(key, key_mean, num_strata, layout),
+    )

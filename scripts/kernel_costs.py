@@ -1,0 +1,177 @@
+"""What the Triton kernels move and compute, stage by stage, and the least time that it takes: a model, no measurement.
+
+    python scripts/kernel_costs.py            # print the table
+    python scripts/kernel_costs.py --table    # write it into docs/kernels.md
+
+Bytes count what a stage reads and writes once per launch, as if nothing stayed in a cache; operations count products, a
+multiply and an add as two. A stage takes at least as long as either, and stages follow one another.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from _document import markdown_table, rewrite
+
+from hf_skein import SkeinConfig
+
+
+DOCUMENT = Path(__file__).parents[1] / "docs" / "kernels.md"
+HEADS = {4096: 96, 16384: 48, 65536: 12}  # batch times heads, by length
+WIDTH = 2  # bytes of a number, bf16
+SAMPLE = {"routing": 512, "pilots": 1024, "strata": 8}  # rows that a stage looks at; strata: per stratum
+COMPONENTS = 8
+TILE = 16  # the narrowest tile of a product: so many components or pilots cost as much as fewer
+
+
+class Gpu(NamedTuple):
+    bandwidth: float  # bytes per second
+    speed: float  # operations per second, bf16
+
+
+# H200: both measured on one. A100 (SXM, 80 GB): NVIDIA's data sheet.
+GPUS = {"H200": Gpu(4.3e12, 790e12), "A100": Gpu(2.039e12, 312e12)}
+
+
+class Stage(NamedTuple):
+    """Per head.
+
+    Attributes:
+        name: What it does.
+        bytes: Read and written.
+        operations: Of products.
+        attends: Whether it is the attention itself, not what prepares it.
+    """
+
+    name: str
+    bytes: float
+    operations: float
+    attends: bool = False
+
+    def seconds(self, gpu: Gpu, heads: int) -> float:
+        return heads * max(self.bytes / gpu.bandwidth, self.operations / gpu.speed)
+
+
+def num_blocks(n: int, config: SkeinConfig) -> int:
+    return 1 << min((math.ceil(n / config.block_size) - 1).bit_length(), config.max_blocks.bit_length() - 1)
+
+
+def _shared(n: int, p: int, strata: int) -> list[Stage]:
+    rows = n * p * WIDTH
+    sample = SAMPLE["strata"] * strata
+    return [
+        Stage("means of keys and values", 2 * rows, 0),
+        Stage("strata", sample * p * WIDTH + rows + 4 * n, 2 * strata * p * (4 * 2 * sample + n)),
+        Stage("sums over strata", 2 * rows + 8 * n, 4 * n * strata * p),
+        Stage("products of keys and values", 4 * rows, 4 * n * p * p),
+    ]
+
+
+def _attention(n: int, p: int, keys: int, blocks: int, d: int, strata: int) -> list[Stage]:
+    """Residual and attention of `blocks` blocks to `keys` columns and strata; second order if there are strata."""
+    within = blocks * p * 2 * p if strata else 0
+    statistics = blocks * (2 * d * p * WIDTH + strata * 2 * p * 4) + 4 * within
+    return [
+        Stage("residual of the blocks", statistics, 2 * blocks * (d + strata) * 2 * p * p if strata else 0),
+        Stage(
+            "attention",
+            2 * n * p * WIDTH + 8 * n + statistics,
+            4 * n * keys * p + (4 * n * p * p if strata else 0),
+            True,
+        ),
+    ]
+
+
+def adaptive(n: int, p: int, config: SkeinConfig) -> list[Stage]:
+    """The stages of the forward pass of `method="adaptive"`, as the launchers run them."""
+    blocks, d, c = num_blocks(n, config), config.num_columns, config.num_strata
+    rows, levels, pilots = n * p * WIDTH, int(math.log2(blocks)), TILE * math.ceil(blocks / TILE)
+    sample = SAMPLE["routing"] * p * WIDTH * math.ceil(p / 64)
+    level = 3 * 8 * n + 4 * n + (4 + 4 * COMPONENTS) * n / 5
+    means, strata, sums, products = _shared(n, p, c)
+    return [
+        means,
+        Stage(
+            "routing: coordinates",
+            2 * sample + rows + 4 * COMPONENTS * n,
+            4 * SAMPLE["routing"] * p * p + 2 * n * p * TILE,
+        ),
+        Stage("routing: tree", levels * level, 0),
+        Stage("pilots", rows + 4 * n + SAMPLE["pilots"] * p * WIDTH, 2 * SAMPLE["pilots"] * p * p),
+        Stage("scores without pilots", 2 * rows + 4 * n + 4 * p * p, 2 * n * p * p),
+        Stage("columns, four passes", 4 * (rows + 8 * n), 4 * 2 * n * p * pilots),
+        strata,
+        sums,
+        products,
+        *_attention(n, p, d + c, blocks, d, c),
+        Stage("exact rows", 2 * rows, 4 * n * p * config.exact_rows, True),
+    ]
+
+
+def skeinformer(n: int, p: int, config: SkeinConfig) -> list[Stage]:
+    """The same for `method="skeinformer"`, with the residual of the paper."""
+    d = config.num_columns
+    rows = n * p * WIDTH
+    return [
+        Stage("means of keys and values", 2 * rows, 0),
+        Stage("pilots: sums of exponentials", rows, 2 * n * p * d),
+        Stage("pilots: probabilities", 2 * rows + 4 * n, 2 * n * p * d),
+        Stage("columns, four passes", 4 * 8 * n, 0),
+        *_attention(n, p, d + 1, 1, d, 0),
+        Stage("exact rows of the pilots", 2 * rows, 4 * n * p * d, True),
+    ]
+
+
+METHODS = {"adaptive": adaptive, "skeinformer": skeinformer}
+
+
+def exact_seconds(n: int, p: int, gpu: Gpu, heads: int) -> float:
+    return Stage("exact", 4 * n * p * WIDTH, 4 * n * n * p).seconds(gpu, heads)
+
+
+def table(method: str, p: int) -> str:
+    """Markdown: bytes, operations and floors of every stage at every length, and the whole beside exact attention."""
+    by_length = {n: METHODS[method](n, p, SkeinConfig()) for n in HEADS}
+
+    def cells(n: int, moved: float, computed: float, seconds: list[float]) -> list[str]:
+        times = " / ".join(f"{1e6 * s:.0f}" for s in seconds)
+        return [f"{HEADS[n] * moved / 2**20:.0f} MiB, {HEADS[n] * computed / 1e9:.1f} G, {times} µs"]
+
+    body = []
+    for stages in zip(*by_length.values(), strict=True):
+        row = [stages[0].name]
+        for n, s in zip(by_length, stages, strict=True):
+            row += cells(n, s.bytes, s.operations, [s.seconds(gpu, HEADS[n]) for gpu in GPUS.values()])
+        body.append(row)
+    total, ratio, prepares = ["**all stages**"], ["exact attention at its floor, over this"], ["share before attention"]
+    for n, stages in by_length.items():
+        seconds = [sum(s.seconds(gpu, HEADS[n]) for s in stages) for gpu in GPUS.values()]
+        total += cells(n, sum(s.bytes for s in stages), sum(s.operations for s in stages), seconds)
+        ratios = [exact_seconds(n, p, gpu, HEADS[n]) / s for gpu, s in zip(GPUS.values(), seconds, strict=True)]
+        ratio.append(" / ".join(f"{x:.1f}x" for x in ratios))
+        before = [sum(s.seconds(gpu, HEADS[n]) for s in stages if not s.attends) for gpu in GPUS.values()]
+        prepares.append(" / ".join(f"{b / s:.0%}" for b, s in zip(before, seconds, strict=True)))
+    head = [f"`{method}`, p={p}", *(f"n={n}, {heads} heads" for n, heads in HEADS.items())]
+    return markdown_table(head, [*body, total, prepares, ratio])
+
+
+def tables() -> str:
+    return "\n\n".join(table(method, p) for method in METHODS for p in (64, 128))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--table", action="store_true", help=f"write the tables into {DOCUMENT.name}")
+    if parser.parse_args(arguments).table:
+        rewrite(DOCUMENT, "costs", tables())
+    else:
+        print(tables())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

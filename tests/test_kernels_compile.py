@@ -1,0 +1,75 @@
+"""Ahead-of-time compilation, and the documents that show it."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+
+import kernel_costs
+from _document import replace_marked
+
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "scripts" / "compile_kernels.py"
+RECORD = ROOT / "benchmarks" / "results" / "kernels_compiled.json"
+
+
+def run(*arguments):
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    command = [sys.executable, str(SCRIPT), *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+def test_kernels_compile_without_a_gpu(tmp_path):
+    output = tmp_path / "record.json"
+    kernels = ["columns.select", "routing.split", "attention.forward"]
+    options = ["--target", "sm_90", "gfx942", "--dtype", "float16", "--head-dim", "64", "--variant", "adaptive"]
+    done = run(*options, "--kernel", *kernels, "--output", str(output))
+    record = json.loads(output.read_text())
+    assert done.returncode == 0 and record["problems"] == [], done.stderr + done.stdout
+    assert {(row["target"], row["kernel"]) for row in record["rows"]} == {
+        (target, kernel) for target in ("sm_90", "gfx942") for kernel in kernels
+    }
+    assert all(row["registers"] > 0 and row["fits"] for row in record["rows"])
+
+
+def test_what_is_too_large_is_reported():
+    code = (
+        "import compile_kernels as c; row = dict(target='gfx942', kernel='a.b', dtype='bfloat16', head_dim=64);"
+        "print(c.problems([{**row, 'shared_bytes': 70000, 'fits': False, 'spilled_bytes': 8}]))"
+    )
+    command = [sys.executable, "-c", code]
+    text = subprocess.run(command, cwd=ROOT / "scripts", capture_output=True, text=True, check=True).stdout
+    assert "70000 bytes of shared memory, of 65536" in text and "8 bytes per thread spilled" in text
+
+
+def test_record_holds_every_kernel_for_every_target():
+    rows = json.loads(RECORD.read_text())["rows"]
+    sources = (ROOT / "kernels" / "hf_skein_kernels").glob("*.py")
+    kernels = {
+        f"{path.stem}.{name}" for path in sources for name in re.findall(r"def (\w+)_kernel\(", path.read_text())
+    }
+    for target in ("sm_80", "sm_90", "sm_100", "gfx942"):
+        for dtype in ("bfloat16", "float32"):
+            for head_dim in (64, 128, 256):
+                chosen = {"target": target, "dtype": dtype, "head_dim": head_dim}
+                assert {row["kernel"] for row in rows if chosen.items() <= row.items()} == kernels, chosen
+
+
+def test_documents_show_the_record_and_the_model(tmp_path):
+    document = ROOT / "docs" / "kernels.md"
+    text = document.read_text()
+    assert replace_marked(text, "costs", kernel_costs.tables()) == text
+    code = "import json, sys, compile_kernels as c; print(c.table(json.load(open(sys.argv[1]))['rows']))"
+    command = [sys.executable, "-c", code, str(RECORD)]
+    table = subprocess.run(command, cwd=ROOT / "scripts", capture_output=True, text=True, check=True).stdout
+    assert replace_marked(text, "compiled", table.strip()) == text
+    with pytest.raises(ValueError, match="0 places"):
+        replace_marked("", "costs", "")

@@ -52,8 +52,9 @@ def attend(
     exact_rows = selection.exact_rows
     if exact_rows.shape[1] == 0:
         return output
-    exact_query = gather_rows(query, exact_rows)
-    exact = _fused(exact_query, key, value, scale, dropout)
+    exact = selection.exact_output
+    if exact is None or dropout:
+        exact = _fused(gather_rows(query, exact_rows), key, value, scale, dropout)
     replaced = flat_index(exact_rows, query.shape[1]).flatten()
     return overwrite_rows(output.flatten(0, 1), replaced, exact.flatten(0, 1)).view_as(output)
 

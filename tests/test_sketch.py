@@ -77,7 +77,8 @@ def test_column_probabilities_are_equation_5():
     pilots = query[:, [3, 8, 8, 41]]
     b = torch.softmax(pilots @ key.mT / math.sqrt(24), -1)
     expected = b.square().sum(1).sqrt() * value.norm(dim=-1)
-    log_p = skeinformer.log_column_probability(pilots, key, value, 24**-0.5)
+    log_p, weights = skeinformer.log_column_probability(pilots, key, value, 24**-0.5)
+    torch.testing.assert_close(weights, b, rtol=1e-12, atol=0)
     torch.testing.assert_close(log_p.softmax(-1), expected / expected.sum(-1, keepdim=True), rtol=1e-12, atol=0)
 
 

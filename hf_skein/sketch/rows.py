@@ -23,12 +23,15 @@ class Selection(NamedTuple):
         columns: `[h, blocks, d]` int64, keys each block attends to exactly.
         exact_rows: `[h, r]` int64, query rows computed over all keys (repetitions allowed).
         stratum: `[h, n_k]` int64, the stratum of each key; one stratum where the residual knows none.
+        exact_output: `[h, r, pv]`, the result of the exact rows where choosing the columns gave it and no gradient
+            is wanted; the reference computes it again.
     """
 
     blocks: Blocks
     columns: Tensor
     exact_rows: Tensor
     stratum: Tensor
+    exact_output: Tensor | None = None
 
 
 def sketched_rows(

@@ -15,7 +15,7 @@ from .routing import route
 from .rows import Selection
 
 
-def log_column_probability(pilot_query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+def log_column_probability(pilot_query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Eq. 5, `p_i ∝ (Σ_k B[j_k, i]²)^(1/2) · ‖V_i‖` with `B_J = softmax(s Q_J Kᵀ)`, in logarithms.
 
     Args:
@@ -25,9 +25,15 @@ def log_column_probability(pilot_query: Tensor, key: Tensor, value: Tensor, scal
         scale: Multiplies the logits.
 
     Returns:
-        `[h, n]`, up to a constant per head.
+        `[h, n]`, up to a constant per head, and `B_J`, `[h, pilots, n]`.
     """
-    return log_rms_attention(pilot_query[:, None], key, scale)[:, 0] + log_value_norm(value, center=False)
+    weights = (scale * pilot_query @ key.mT).softmax(-1)
+    rms = torch.linalg.vector_norm(weights, dim=1)
+    if bool((rms >= torch.finfo(rms.dtype).tiny ** 0.5).all()):
+        log_rms = rms.log_()
+    else:  # some squares vanish
+        log_rms = log_rms_attention(pilot_query[:, None], key, scale)[:, 0]
+    return log_rms + log_value_norm(value, center=False), weights
 
 
 @torch.no_grad()
@@ -47,19 +53,27 @@ def select(
 
     Returns:
         The selection; columns are `[h, 1, num_columns + m]`, exact rows the pilots (step 5) unless switched off, and
-        the marked tokens.
+        the marked tokens. Where no gradient is wanted, the pilots' rows `B_J V` come along.
     """
     n_queries, n_keys = query.shape[-2], key.shape[-2]
     pilots = config.num_pilots or config.num_columns
     rows = random_rows(uniform(config.seed, layer, heads, PILOT_STREAM, pilots, query.device), n_queries)
     uniforms = uniform(config.seed, layer, heads, COLUMN_STREAM, n_keys, key.device)
+    is_reused = config.pilot_reutilization and marked is None
+    is_reused &= not (query.requires_grad or key.requires_grad or value.requires_grad)
+    exact_output = None
     if config.column_sampling == "uniform":
         log_probability = torch.zeros_like(uniforms)
     else:
         pilot_query = query.gather(1, rows[..., None].expand(-1, -1, query.shape[-1]))
         scores = max(1, SCORES_PER_STEP // (pilots * n_keys))  # heads at a time
         parts = zip(pilot_query.split(scores), key.split(scores), value.split(scores), strict=True)
-        log_probability = torch.cat([log_column_probability(q, k, v, scale) for q, k, v in parts])
+        found = []
+        for q, k, v in parts:
+            log_probability, weights = log_column_probability(q, k, v, scale)
+            found.append((log_probability, weights @ v if is_reused else None))
+        log_probability = torch.cat([x for x, _ in found])
+        exact_output = torch.cat([x for _, x in found]) if is_reused else None
     if not config.pilot_reutilization:
         rows = rows[:, :0]
     count = config.num_columns
@@ -67,4 +81,5 @@ def select(
         log_probability[:, marked] = torch.inf
         rows, count = torch.cat([rows, marked.expand(len(rows), -1)], 1), count + len(marked)
     columns = draw_columns(log_probability, count, uniforms)
-    return Selection(route(query, key, 1), columns[:, None], rows, strata.assign(key, config.resolved_strata))
+    stratum = strata.assign(key, config.resolved_strata)
+    return Selection(route(query, key, 1), columns[:, None], rows, stratum, exact_output)

@@ -28,9 +28,9 @@ def log_column_probability(pilot_query: Tensor, key: Tensor, value: Tensor, scal
         `[h, n]`, up to a constant per head, and `B_J`, `[h, pilots, n]`.
     """
     weights = (scale * pilot_query @ key.mT).softmax(-1)
-    rms = torch.linalg.vector_norm(weights, dim=1)
-    if bool((rms >= torch.finfo(rms.dtype).tiny ** 0.5).all()):
-        log_rms = rms.log_()
+    total = weights.square().sum(1)
+    if bool((total >= torch.finfo(total.dtype).tiny).all()):
+        log_rms = total.log_().div_(2)
     else:  # some squares vanish
         log_rms = log_rms_attention(pilot_query[:, None], key, scale)[:, 0]
     return log_rms + log_value_norm(value, center=False), weights

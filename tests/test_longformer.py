@@ -12,9 +12,11 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoModelForMultipleChoice,
     AutoModelForQuestionAnswering,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     BertConfig,
+    EncoderDecoderConfig,
     LongformerConfig,
     LongformerModel,
     ModernBertConfig,
@@ -127,6 +129,13 @@ def test_other_models_keep_their_window(tmp_path):
     assert kinds[0].__name__ == kinds[1].__name__  # device_map asks for the name
     assert "_pad_to_window_size" not in vars(windowed)
     assert LongformerModel(config())._pad_to_window_size.__func__ is LongformerModel._pad_to_window_size
+
+
+def test_as_a_part_of_another_model():
+    for attention, expected in (("skein", longformer), ({"decoder": "skein"}, modeling_longformer)):
+        parts = EncoderDecoderConfig.from_encoder_decoder_configs(config(), BertConfig(**TINY))
+        model = AutoModelForSeq2SeqLM.from_config(parts, attn_implementation=attention)
+        assert type(model.encoder.encoder.layer[0].attention.self) is expected.LongformerSelfAttention
 
 
 def test_it_can_be_saved_copied_and_pickled(tmp_path):

@@ -591,11 +591,11 @@ def test_delegation_to_other_models_is_verified_on_what_was_built(tmp_path):
 
 def test_parts_of_a_model_may_be_named():
     def load(attn):
-        longformer = AutoConfig.for_model("longformer", **TINY, attention_window=[4, 4, 4])
-        config = EncoderDecoderConfig.from_encoder_decoder_configs(longformer, BertConfig(**TINY))
+        encoder = AutoConfig.for_model("mpnet", **TINY)
+        config = EncoderDecoderConfig.from_encoder_decoder_configs(encoder, BertConfig(**TINY))
         return AutoModelForSeq2SeqLM.from_config(config, attn_implementation=attn)
 
-    with pytest.raises(ValueError, match=r"LongformerModel.*name the parts"):
+    with pytest.raises(ValueError, match=r"MPNetModel.*name the parts"):
         load("skein")
     model = load({"decoder": "skein"})
     assert model.decoder.config._attn_implementation == "skein"

@@ -6,9 +6,10 @@ import shutil
 import sys
 from pathlib import Path
 
-import hf_skein.kernels
 import pytest
 import torch
+
+import hf_skein.kernels
 
 
 SOURCE = Path(__file__).parents[1] / "kernels"

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from hf_skein.kernels import columns, moments, pilots, random, routing, selection, strata
-from hf_skein.kernels.layout import num_blocks, ragged
 
 from hf_skein import SkeinConfig
+from hf_skein.kernels import columns, moments, pilots, random, routing, selection, strata
+from hf_skein.kernels.layout import num_blocks, ragged
 from hf_skein.sketch import adaptive, skeinformer
 from hf_skein.sketch import columns as reference_columns
 from hf_skein.sketch import pilots as reference_pilots

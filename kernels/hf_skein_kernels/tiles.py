@@ -31,9 +31,24 @@ class Config(NamedTuple):
 CONFIGS: dict[str, dict[int, Config]] = {
     "moments": {64: Config(64, 64, 4, 2), 128: Config(64, 64, 4, 2), 256: Config(32, 32, 4, 2)},
     "blocks": {64: Config(64, 32, 4, 2), 128: Config(64, 32, 4, 2), 256: Config(32, 32, 8, 1)},
-    "forward": {64: Config(64, 64, 4, 2), 128: Config(64, 64, 8, 2), 256: Config(32, 32, 8, 1), 512: Config(16, 16, 8, 1)},
-    "backward_query": {64: Config(64, 32, 4, 2), 128: Config(32, 32, 8, 2), 256: Config(32, 16, 8, 1), 512: Config(16, 16, 8, 1)},
-    "backward_keys": {64: Config(64, 32, 4, 2), 128: Config(64, 16, 8, 2), 256: Config(32, 16, 8, 1), 512: Config(16, 16, 8, 1)},
+    "forward": {
+        64: Config(64, 64, 4, 2),
+        128: Config(64, 32, 8, 2),
+        256: Config(32, 32, 8, 1),
+        512: Config(16, 16, 8, 1),
+    },
+    "backward_query": {
+        64: Config(64, 32, 4, 2),
+        128: Config(32, 32, 8, 2),
+        256: Config(32, 16, 8, 1),
+        512: Config(16, 16, 8, 1),
+    },
+    "backward_keys": {
+        64: Config(64, 32, 4, 2),
+        128: Config(64, 16, 8, 2),
+        256: Config(32, 16, 8, 1),
+        512: Config(16, 16, 8, 1),
+    },
     "covariance": {64: Config(0, 64, 4, 2), 128: Config(0, 64, 8, 2), 256: Config(0, 32, 8, 1)},
     "components": {64: Config(0, 64, 4, 1), 128: Config(0, 64, 4, 1), 256: Config(0, 32, 8, 1)},
     "points": {64: Config(0, 128, 4, 2), 128: Config(0, 128, 4, 2), 256: Config(0, 64, 4, 2)},
@@ -41,7 +56,12 @@ CONFIGS: dict[str, dict[int, Config]] = {
     "bias": {64: Config(0, 64, 4, 2), 128: Config(0, 64, 8, 2), 256: Config(0, 32, 8, 1)},
     "select": {64: Config(16, 64, 4, 2), 128: Config(16, 64, 4, 2), 256: Config(16, 32, 4, 2)},
     "strata": {64: Config(0, 64, 4, 2), 128: Config(0, 64, 8, 2), 256: Config(0, 32, 8, 1)},
-    "exact": {64: Config(64, 64, 4, 2), 128: Config(64, 32, 8, 2), 256: Config(32, 32, 8, 1), 512: Config(16, 16, 8, 1)},
+    "exact": {
+        64: Config(64, 64, 4, 2),
+        128: Config(64, 32, 8, 2),
+        256: Config(32, 32, 8, 1),
+        512: Config(16, 16, 8, 1),
+    },
 }
 
 

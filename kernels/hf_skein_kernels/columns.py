@@ -345,7 +345,7 @@ def draw_scores(
     batch, kv_heads, n, p = key.shape
     pv, chunks = value.shape[-1], triton.cdiv(n, PIECE)
     out = torch.empty(batch, num_heads, n, dtype=torch.float32, device=key.device)
-    conf = config("pilots", padded(p), padded(pv))
+    conf = config("pilots", padded(p), padded(pv), like=key)
     lse = out if pilots is None else log_sum_exp(pilots, key, None, scale, layout)
     draw_kernel[(batch * num_heads * chunks,)](
         out if pilots is None else pilots, key, value, lse, layout.key_index, layout.key_length, layout.blocks, out,
@@ -381,7 +381,7 @@ def block_bias(
     n, pv, chunks = key.shape[2], value.shape[-1], triton.cdiv(key.shape[2], PIECE)
     bias = torch.empty(batch, heads, n, dtype=torch.float32, device=key.device)
     spread = torch.empty_like(bias) if separate else bias
-    conf = config("bias", padded(p), padded(pv))
+    conf = config("bias", padded(p), padded(pv), like=key)
     bias_kernel[(batch * heads * chunks,)](
         key, value, key_mean, value_mean, covariance, layout.key_index, layout.key_length, layout.blocks, bias, spread,
         *key.stride()[:3], *value.stride()[:3], n, heads, heads // key.shape[1], chunks, exact_rows,
@@ -414,7 +414,7 @@ def top_columns(
     batch, heads, n = bias.shape
     p, device = key.shape[-1], key.device
     blocks, parts = (1, 0) if pilots is None else pilots.shape[2:4]
-    conf = config("select", padded(p))
+    conf = config("select", padded(p), like=key)
     most = max(1, min(_MOST_CHUNKS, _WORKSPACE // blocks, triton.cdiv(n, 512)))
     rows = triton.cdiv(triton.cdiv(n, most), conf.keys) * conf.keys
     chunks = triton.cdiv(n, rows)

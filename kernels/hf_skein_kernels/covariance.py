@@ -113,7 +113,8 @@ def covariance(
     """
     batch, heads, _, p = x.shape
     out = torch.empty(batch, heads, p, p, dtype=torch.float32, device=x.device)
-    conf, tile = config("covariance", padded(p)), min(64, padded(p))
+    conf = config("covariance", padded(p), like=x)
+    tile = min(conf.rows, padded(p))
     index_strides = (*index.stride()[:-1], 0)[:2]
     parts, in_all = (0, 0) if pilots is None else (pilots.shape[3], pilots.shape[2] * pilots.shape[3])
     covariance_kernel[(batch * heads, triton.cdiv(p, tile))](

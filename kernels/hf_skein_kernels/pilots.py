@@ -122,7 +122,7 @@ def block_means(query: Tensor, order: Tensor, blocks: int, parts: int, layout: L
     """
     batch, heads, n, p = query.shape
     out = torch.empty(batch, heads, SHARES, blocks, parts, p, dtype=torch.float32, device=query.device)
-    conf = config("points", padded(p))
+    conf = config("points", padded(p), like=query)
     mean_kernel[(batch * heads, blocks * parts, SHARES)](
         query, order, layout.query_length, layout.blocks, out, *query.stride()[:3], n, heads, blocks,
         p=p, P=padded(p), PARTS=parts, SHARES=SHARES, BN=conf.keys, num_warps=conf.warps, num_stages=conf.stages,
@@ -146,7 +146,7 @@ def log_sum_exp(pilots: Tensor, key: Tensor, bias: Tensor | None, scale: float, 
     batch, heads, rows, p = pilots.shape
     n, chunks = key.shape[2], triton.cdiv(key.shape[2], PIECE)
     out = torch.empty(batch, heads, chunks, rows, dtype=torch.float32, device=key.device)
-    conf = config("pilots", padded(p))
+    conf = config("pilots", padded(p), like=key)
     lse_kernel[(batch * heads * chunks, triton.cdiv(rows, conf.rows))](
         pilots, key, pilots if bias is None else bias, layout.key_index, layout.key_length, layout.blocks, out,
         *key.stride()[:3], n, heads, heads // key.shape[1], rows, chunks, scale,

@@ -234,7 +234,7 @@ def directions(query: Tensor, key: Tensor, layout: Layout) -> Tensor:
     of_keys = covariance(key, layout.key_index, layout.key_length, layout.blocks, sample=SAMPLE, least=2)
     scratch = torch.empty(batch, heads, padded(p), WIDTH.value, dtype=torch.float32, device=query.device)
     out = torch.empty(batch, heads, p, COMPONENTS, dtype=torch.float32, device=query.device)
-    conf = config("components", padded(p))
+    conf = config("components", padded(p), like=query)
     components_kernel[(batch * heads,)](
         of_keys, of_queries, layout.blocks, scratch, out, heads, heads // key.shape[1],
         p=p, P=padded(p), BK=min(conf.keys, padded(p)), COMPONENTS=COMPONENTS, ITERATIONS=SUBSPACE_ITERATIONS,
@@ -259,7 +259,7 @@ def route(query: Tensor, key: Tensor, blocks: int, layout: Layout) -> Tensor:
     if blocks == 1:
         return layout.query_index[:, None].expand(-1, heads, -1).contiguous()
     points = torch.empty(batch, heads, COMPONENTS, n, dtype=torch.float32, device=query.device)
-    conf, chunks = config("points", padded(p)), triton.cdiv(n, CHUNK)
+    conf, chunks = config("points", padded(p), like=query), triton.cdiv(n, CHUNK)
     points_kernel[(batch * heads * chunks,)](
         query, directions(query, key, layout), layout.query_index, layout.query_length, layout.blocks, points,
         *query.stride()[:3], n, heads, chunks,

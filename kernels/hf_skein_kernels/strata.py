@@ -120,7 +120,7 @@ def assign(key: Tensor, key_mean: Tensor, count: int, layout: Layout) -> Tensor:
         return torch.zeros(batch, heads, n, dtype=torch.int32, device=key.device)
     means = torch.empty(batch, heads, count, p, dtype=torch.float32, device=key.device)
     out = torch.zeros(batch, heads, n, dtype=torch.int32, device=key.device)
-    conf, chunks = config("strata", padded(p), padded(count)), triton.cdiv(n, CHUNK)
+    conf, chunks = config("strata", padded(p), padded(count), like=key), triton.cdiv(n, CHUNK)
     shared = dict(
         p=p, P=padded(p), c=count, C=padded(count), BN=conf.keys, PRECISION=precision(key),
         num_warps=conf.warps, num_stages=conf.stages,

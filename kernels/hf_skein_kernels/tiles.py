@@ -27,13 +27,15 @@ class Config(NamedTuple):
     stages: int
 
 
+ON_ROCM = torch.version.hip is not None
+
 # By kernel, then by the largest (padded) head dimension that a configuration serves.
 CONFIGS: dict[str, dict[int, Config]] = {
     "moments": {64: Config(64, 64, 4, 2), 128: Config(64, 64, 4, 2), 256: Config(32, 32, 4, 2)},
     "blocks": {64: Config(64, 32, 4, 2), 128: Config(64, 32, 4, 2), 256: Config(32, 32, 8, 1)},
     "forward": {
         64: Config(64, 64, 4, 2),
-        128: Config(64, 64, 8, 2),
+        128: Config(64, 32, 8, 2),
         256: Config(32, 32, 8, 1),
         512: Config(16, 16, 8, 1),
     },
@@ -49,13 +51,33 @@ CONFIGS: dict[str, dict[int, Config]] = {
         256: Config(32, 16, 8, 1),
         512: Config(16, 16, 8, 1),
     },
-    "covariance": {64: Config(0, 64, 4, 2), 128: Config(0, 64, 8, 2), 256: Config(0, 32, 8, 1)},
-    "components": {64: Config(0, 64, 4, 1), 128: Config(0, 64, 4, 1), 256: Config(0, 32, 8, 1)},
-    "points": {64: Config(0, 128, 4, 2), 128: Config(0, 128, 4, 2), 256: Config(0, 64, 4, 2)},
-    "pilots": {64: Config(64, 64, 4, 2), 128: Config(64, 64, 4, 2), 256: Config(32, 32, 8, 1)},
-    "bias": {64: Config(0, 64, 4, 2), 128: Config(0, 64, 8, 2), 256: Config(0, 32, 8, 1)},
-    "select": {64: Config(16, 64, 4, 2), 128: Config(16, 64, 4, 2), 256: Config(16, 32, 4, 2)},
-    "strata": {64: Config(0, 64, 4, 2), 128: Config(0, 64, 8, 2), 256: Config(0, 32, 8, 1)},
+    "covariance": {
+        64: Config(64, 64, 4, 2),
+        128: Config(32, 32, 8, 2),
+        256: Config(16, 16, 8, 1),
+        512: Config(16, 16, 8, 1),
+    },
+    "components": {
+        64: Config(0, 64, 4, 1),
+        128: Config(0, 32, 8, 1),
+        256: Config(0, 16, 8, 1),
+        512: Config(0, 16, 8, 1),
+    },
+    "points": {64: Config(0, 128, 4, 2), 128: Config(0, 64, 4, 2), 256: Config(0, 64, 4, 2), 512: Config(0, 32, 4, 1)},
+    "pilots": {
+        64: Config(64, 64, 4, 2),
+        128: Config(32, 32, 8, 2),
+        256: Config(16, 32, 8, 1),
+        512: Config(16, 16, 8, 1),
+    },
+    "bias": {64: Config(0, 64, 4, 2), 128: Config(0, 32, 8, 2), 256: Config(0, 32, 8, 1), 512: Config(0, 16, 8, 1)},
+    "select": {
+        64: Config(16, 64, 4, 2),
+        128: Config(16, 32, 4, 2),
+        256: Config(16, 32, 4, 2),
+        512: Config(16, 16, 4, 1),
+    },
+    "strata": {64: Config(0, 64, 8, 2), 128: Config(0, 16, 8, 2), 256: Config(0, 16, 8, 1), 512: Config(0, 16, 8, 1)},
     "exact": {
         64: Config(64, 64, 4, 2),
         128: Config(64, 32, 8, 2),
@@ -72,7 +94,9 @@ def config(kernel: str, *head_dims: int, like: Tensor | None = None, dropout: fl
     """
     largest = max(head_dims) * (2 if like is not None and like.dtype == torch.float32 else 1)
     found = next(c for limit, c in CONFIGS[kernel].items() if largest <= limit)
-    return found._replace(warps=8) if dropout else found
+    if dropout:
+        found = found._replace(rows=max(16, found.rows // 2), warps=8)
+    return found._replace(warps=min(found.warps, 4)) if ON_ROCM else found  # a warp has twice as many threads there
 
 
 def padded(p: int) -> int:

@@ -141,7 +141,7 @@ def _products(left, right, left_mean, right_mean, stratum, index, length, rows: 
     count = torch.empty(
         batch, heads, chunks, rows if stratum is not None else 0, dtype=torch.float32, device=out.device
     )
-    c = config("moments", padded(pr))
+    c = config("moments", padded(pr), like=right)
     tile = min(64, padded(rows)), min(64, padded(pr))
     product_kernel[(batch * heads * chunks, triton.cdiv(rows, tile[0]), triton.cdiv(pr, tile[1]))](
         left, right, left_mean, right_mean, index if stratum is None else stratum, index, length, out, count,

@@ -15,7 +15,7 @@ class Config(NamedTuple):
     """One configuration of a kernel.
 
     Attributes:
-        rows: Rows of a tile (queries, or keys where a kernel owns keys).
+        rows: Rows of a tile (queries, or keys where a kernel owns keys); 0 where there is no choice.
         keys: Rows of what streams by.
         warps: Warps per program.
         stages: Loads in flight.
@@ -31,7 +31,7 @@ ON_ROCM = torch.version.hip is not None
 
 # By kernel, then by the largest (padded) head dimension that a configuration serves.
 CONFIGS: dict[str, dict[int, Config]] = {
-    "moments": {64: Config(64, 64, 4, 2), 128: Config(64, 64, 4, 2), 256: Config(32, 32, 4, 2)},
+    "moments": {64: Config(0, 64, 4, 2), 128: Config(0, 32, 8, 2), 256: Config(0, 32, 8, 2), 512: Config(0, 16, 8, 1)},
     "blocks": {64: Config(64, 32, 4, 2), 128: Config(64, 32, 4, 2), 256: Config(32, 32, 8, 1)},
     "forward": {
         64: Config(64, 64, 4, 2),

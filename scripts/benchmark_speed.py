@@ -1,9 +1,9 @@
 """The front: time, memory and error of skein against exact attention, side by side in one run, over the length.
 
 Queries, keys and values are those of a pretrained encoder on a text, its position table tiled to the length. The
-middle one of --layers is timed. The error is the relative Frobenius error of the output, mean over heads and layers;
-beyond --max-exact tokens it is that of some of the rows. A check against the float64 reference, outputs and gradients,
-runs before anything is timed.
+middle one of --layers is timed; in 16 bits the sketch in float32 is timed beside it. The error is the relative
+Frobenius error of the output, mean over heads and layers; beyond --max-exact tokens it is that of some of the rows. A
+check against the float64 reference, outputs and gradients, runs before anything is timed.
 
     python scripts/benchmark_speed.py --text text.txt --output benchmarks/results/speed_cpu
     python scripts/benchmark_speed.py --text text.txt --output runs/front --settings front --lengths 4096 --head-dim 64
@@ -89,8 +89,15 @@ def layer_inputs(args: argparse.Namespace, length: int) -> dict[int, LayerInputs
     for layer, inputs in capture_layers(model, ids, args.layers).items():
         if args.head_dim:
             inputs = widen(inputs, args.head_dim)
-        result[layer] = LayerInputs(*(x.to(DTYPES[args.dtype]).contiguous() for x in inputs[:3]), inputs.scale)
+        result[layer] = LayerInputs(
+            *(as_transformers_passes(x).to(DTYPES[args.dtype]) for x in inputs[:3]), inputs.scale
+        )
     return result
+
+
+def as_transformers_passes(x: Tensor) -> Tensor:
+    """The same `[heads, n, p]` as a transposed view of `[n, heads, p]`, which is what a model's projections leave."""
+    return x.transpose(0, 1).contiguous().transpose(0, 1)
 
 
 def widen(inputs: LayerInputs, head_dim: int) -> LayerInputs:
@@ -151,6 +158,11 @@ def measure(args: argparse.Namespace, methods: dict[str, SkeinConfig], length: i
             for name, call in calls.items()
             if name not in exact_ones or length <= limit
         }
+        if DTYPES[args.dtype].itemsize == 2:  # the sketch in float32 beside it
+            wide = LayerInputs(*(x.float() for x in timed[:3]), timed.scale)
+            functions |= {
+                (name, "float32"): functools.partial(run, calls[name], wide, args.timed_layer) for name in methods
+            }
         costs[what] = compare_costs(functions, args.repeats, args.device, f"{length} tokens, {what}")
 
     rows = None
@@ -167,6 +179,8 @@ def measure(args: argparse.Namespace, methods: dict[str, SkeinConfig], length: i
                 row |= costs[what][name].row(what)
             if name in costs[what] and EXACT in costs[what]:
                 row[f"{what}_speedup"] = costs[what][EXACT].seconds / costs[what][name].seconds
+            if (name, "float32") in costs[what]:
+                row[f"{what}_float32_seconds"] = costs[what][name, "float32"].seconds
         table.append(row)
     return table
 

@@ -40,6 +40,13 @@ def test_the_record_has_time_memory_and_error_of_every_method(text, tmp_path):
     assert (tmp_path / "speed.png").stat().st_size > 10_000
 
 
+def test_in_16_bits_the_sketch_in_float32_is_timed_beside_it(text, tmp_path):
+    arguments = ("--settings", "none", "--setting", "mine:num_columns=64", "--lengths", 256, "--dtype", "bfloat16")
+    exact, mine = run(text, tmp_path / "bf16", *arguments)["rows"]
+    for what in benchmark_speed.PASSES:
+        assert mine[f"{what}_float32_seconds"] > 0 and f"{what}_float32_seconds" not in exact
+
+
 def test_the_error_falls_with_more_columns_and_smaller_blocks(text, tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark_speed, "check", lambda *_: None)  # it takes long for so many settings
     record = run(text, tmp_path / "front", "--settings", "front", "--lengths", 600)

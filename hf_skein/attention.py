@@ -20,7 +20,9 @@ from .sketch.baselines import v_mean
 _SELECT = {"adaptive": adaptive.select, "skeinformer": skeinformer.select}
 
 # Some heads after others, so that the many passes over their queries, keys and values find them in the cache.
-NUMBERS_PER_STEP = 2**21
+NUMBERS_PER_STEP = 2**22
+
+_KEEP_BYTES = 2**25 - 2**16  # just below the most that glibc lets its thresholds grow to
 
 logger = logging.getLogger(__name__)
 
@@ -245,6 +247,17 @@ def _one_sequence(
         yield _put_back(output.to(query.dtype), valid_query, n_q)
 
 
+@functools.cache
+def _keep_freed_memory() -> None:
+    """Lets the temporaries of one step have the memory of the step before, without page faults.
+
+    glibc returns a large block to the system when it is freed, and the next one costs a page fault every 4 KiB, which
+    is as much as many a pass over it. Freeing one block of almost 32 MiB raises, for the process, the size up to which
+    blocks are kept, and what may stay free to twice that: at most 64 MiB. Elsewhere it does nothing.
+    """
+    torch.empty(_KEEP_BYTES, dtype=torch.uint8)
+
+
 def _sketch(
     query: Tensor,
     key: Tensor,
@@ -258,6 +271,8 @@ def _sketch(
     """`[heads, n_q, p]`, `[kv_heads, n_k, p]`, `[kv_heads, n_k, pv]` of one sequence to some heads `[h, n_q, pv]`."""
     if config.backend == "reference" and dropout:
         raise ValueError('backend="reference" has no dropout; use backend="torch" for training with dropout.')
+    if query.device.type == "cpu":
+        _keep_freed_memory()
     group = len(query) // len(key)
     step = max(1, NUMBERS_PER_STEP // (group * query.shape[1] * query.shape[2]))  # key heads at a time
     for first in range(0, len(key), step):

@@ -24,7 +24,7 @@ from .sketch.routing import Blocks
 from .sketch.rows import Selection
 
 
-LOGITS_PER_STEP = 2**19  # worked on at a time: with their temporaries a few MB, which the cache holds
+LOGITS_PER_STEP = 3 * 2**18  # worked on at a time: with their temporaries a few MB, which the cache holds
 
 
 def attend(
@@ -185,9 +185,9 @@ class _Sketch:
         z = 1 + ((metric * query).sum(-1, keepdim=True) / self.rest).clamp_min(0) / 2
         bias = count.log().mT.flatten(0, 1)
         logits = torch.baddbmm(bias, query.flatten(0, 1), key.mT.flatten(0, 1)).unflatten(0, query.shape[:2])
-        weight = logits.sub_(logits.amax(-1, keepdim=True)).exp_()
+        weight = logits.softmax(-1)  # one pass over them instead of three
         u = weight[..., d:].sum(-1, keepdim=True)
-        mass = weight[..., :d].sum(-1, keepdim=True) + u * z
+        mass = 1 + u * (z - 1)
         weight[..., d:] *= z
         kept = None
         if self.dropout:

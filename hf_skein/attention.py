@@ -275,10 +275,9 @@ def _sketch(
         _keep_freed_memory()
     group = len(query) // len(key)
     step = max(1, NUMBERS_PER_STEP // (group * query.shape[1] * query.shape[2]))  # key heads at a time
-    for first in range(0, len(key), step):
-        k, v = key[first : first + step], value[first : first + step]
-        heads = torch.arange(group * first, group * (first + len(k)), device=query.device)
-        q = query[group * first : group * (first + len(k))]
+    heads = torch.arange(len(query), device=query.device).split(group * step)
+    # Split, not sliced: the gradient of a slice is as large as the whole.
+    for q, k, v, head in zip(query.split(group * step), key.split(step), value.split(step), heads, strict=True):
         with torch.autocast(query.device.type, enabled=False):  # or it would undo the conversion to float32
             dtype = torch.float32 if query.dtype in (torch.float16, torch.bfloat16) else query.dtype
             # Transformers passes transposed views: with the rows of a head side by side no later step has to copy.
@@ -288,7 +287,7 @@ def _sketch(
             k -= k.mean(-2, keepdim=True)
             if group > 1:
                 k, v = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)
-            selection = _SELECT[config.method](q, k, v, scale, config, layer, heads, marked)
+            selection = _SELECT[config.method](q, k, v, scale, config, layer, head, marked)
             if config.backend == "reference":
                 output = rows.attend(q, k, v, selection, scale, config)
             else:

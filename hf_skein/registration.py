@@ -50,7 +50,7 @@ def skein_attention_forward(
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
-    attend: Callable[..., Tensor] = skein_attention,
+    attend: Callable[..., Tensor] | None = None,
     **kwargs,
 ) -> tuple[Tensor, Tensor | None]:
     """What Transformers calls for `attn_implementation="skein"`.
@@ -65,7 +65,7 @@ def skein_attention_forward(
         dropout: Probability of dropping an attention weight.
         scaling: Multiplies the logits.
         is_causal: Overrides `module.is_causal`.
-        attend: The attention itself; `baselines.py` puts others in its place.
+        attend: The attention itself, if not `skein_attention`: see `baselines.py`.
         **kwargs: What the model passes besides; `global_attention_mask` `[batch, n]`, if a caller gave it to the model,
             marks global tokens (see `skein_attention`).
 
@@ -97,7 +97,7 @@ def skein_attention_forward(
         global_mask = kwargs.get("global_attention_mask")
         if global_mask is not None:
             global_mask = global_mask.flatten(0, -2)  # of multiple choices [batch, choices, n]
-        output = attend(
+        output = (attend or skein_attention)(
             query,
             key,
             value,

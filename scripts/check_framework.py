@@ -70,7 +70,8 @@ def importance(head: Head) -> Tensor:
 
 def pilot_probabilities(head: Head, rows: Tensor) -> Tensor:
     """Eq. 5: the same with the norms of columns taken over some rows, `[pilots]` int64."""
-    weight = head.attention[rows].norm(dim=0) * head.value.norm(dim=1)
+    count = rows.bincount(minlength=len(head.attention)).to(head.attention.dtype)
+    weight = (count @ head.attention.square()).sqrt() * head.value.norm(dim=1)
     return weight / weight.sum()
 
 

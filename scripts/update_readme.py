@@ -23,6 +23,7 @@ from hf_skein import SkeinConfig
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+WEIGHTS = ("pretrained", "random")
 
 
 def load(name: str) -> dict[str, Any]:
@@ -37,9 +38,12 @@ def paragraph(*sentences: str) -> str:
     return textwrap.fill(" ".join(sentences), 120, break_long_words=False, break_on_hyphens=False)
 
 
+def count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
 def cores(record: dict[str, Any]) -> str:
-    threads = record["hardware"]["threads"]
-    return f"{threads} CPU core{'s' if threads > 1 else ''}"
+    return count(record["hardware"]["threads"], "CPU core")
 
 
 def cell(value: float | None, form: str) -> str:
@@ -207,12 +211,161 @@ def ingredients() -> str:
     return markdown_table(["", *map(tokens, record["lengths"]), "cosine of documents"], body)
 
 
+# docs/framework.md
+
+
+def framework_products() -> str:
+    record = load("framework")
+    rows = [row for row in record["rows"] if row["of"] == "product"]
+    body = [
+        [
+            row["weights"],
+            row["probabilities"],
+            row["columns"],
+            f"{row['median_beta']:.3f} ({row['least_beta']:.2g})",
+            f"{row['median_error']:.3f}",
+            f"{row['median_bound']:.3f}",
+            f"{100 * row['within']:.1f} % ({100 * row['least_within']:.1f} %)",
+            f"{row['squared_error']:.3f}",
+        ]
+        for row in rows
+    ]
+    head = [
+        "weights",
+        "probabilities",
+        "d",
+        "β (least)",
+        "error",
+        "bound",
+        "draws within (least)",
+        "error²/expected",
+    ]
+    lead = paragraph(
+        f"Eq. 4 with δ = {record['delta']:g} at {tokens(record['length'])}, {record['draws']} draws for each of",
+        f"{rows[0]['heads']} heads; errors and bounds, relative to `‖B‖ ‖V‖`, and β are medians over heads. The",
+        "probabilities are `q`, those of eq. 5 from `d` pilots, and uniform ones. The bound is to hold for",
+        f"{100 * (1 - record['delta']):g} % of draws.",
+    )
+    return f"{lead}\n\n{markdown_table(head, body)}"
+
+
+def framework_pilots() -> str:
+    record = load("framework")
+    rows = [row for row in record["rows"] if row["of"] == "pilots"]
+    share = {(row["weights"], row["pilots"]): row for row in rows}
+    head = [
+        "pilots",
+        *(f"{weights}: {what}" for weights in WEIGHTS for what in ("all columns", "a column", "median β")),
+    ]
+    body = [
+        [
+            pilots,
+            *(
+                cell
+                for weights in WEIGHTS
+                for cell in (
+                    f"{100 * share[weights, pilots]['holds']:.0f} %",
+                    f"{100 * share[weights, pilots]['columns']:.1f} %",
+                    f"{share[weights, pilots]['beta']:.2f}",
+                )
+            ),
+        ]
+        for pilots in record["pilots"]
+    ]
+    needed = {row["weights"]: row for row in record["rows"] if row["of"] == "needed"}
+    lead = paragraph(
+        f"Eq. 5 at {tokens(record['length'])}: how often the condition with `β = sqrt(1/3)` holds, for all columns at",
+        f"once and for one of them, over {rows[0]['heads']} heads and {record['pilot_draws']} draws each. Pilots that",
+        f"our inequality calls enough (δ = {record['delta']:g}), median over heads:",
+        f"{needed['pretrained']['median']:,.0f} with MiniLM's weights,",
+        f"{needed['random']['median']:,.0f} with random ones.",
+    )
+    return f"{lead}\n\n{markdown_table(head, body)}"
+
+
+# docs/results.md
+
+
+def records() -> str:
+    """Where every record comes from."""
+    body = []
+    for path in sorted(RESULTS.glob("*.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        hardware, versions = record["hardware"], record["versions"]
+        picture = f", [plot](../benchmarks/results/{path.stem}.png)" if path.with_suffix(".png").exists() else ""
+        body.append(
+            [
+                f"[{path.stem}](../benchmarks/results/{path.name}){picture}",
+                f"{hardware['gpu'] or hardware['cpu']}, {count(hardware['threads'], 'thread')}",
+                f"{versions['torch']}, {versions['transformers']}",
+                f"`{(record['commit'] or '')[:10]}`",
+            ]
+        )
+    return markdown_table(["record", "hardware", "torch, transformers", "commit"], body)
+
+
+def layer_costs() -> str:
+    tables = []
+    for name in ("speed_cpu", "speed_cpu_bf16"):
+        record = load(name)
+        body = [
+            [
+                f"{row['n']:,}",
+                settings(record["methods"][row["method"]]) if row["method"] in record["methods"] else row["method"],
+                f"{1e3 * row['forward_seconds']:,.0f}",
+                cell(row.get("forward_speedup"), ".1f"),
+                cell(row.get("forward_backward_speedup"), ".1f"),
+                f"{row['forward_mib']:,.0f}",
+                f"{row['error']:.3f}",
+            ]
+            for row in record["rows"]
+        ]
+        head = ["tokens", record["dtype"], "ms", "times faster", "with backward", "MiB", "error"]
+        tables.append(markdown_table(head, body))
+    return "\n\n".join(tables)
+
+
+def whole_encoders() -> str:
+    """A table per record of whole encoders; seconds, and MiB in brackets."""
+    tables = []
+    for path in sorted(RESULTS.glob("encoder_*.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        rows = {(row["size"], row["pass"], row["method"], row["n"]): row for row in record["rows"]}
+        body = [
+            [
+                f"{size}, {what}",
+                ENCODERS[method],
+                *(
+                    f"{row['seconds']:.3g} ({row['mib']:,.0f})" if (row := rows.get((*key, n))) else cell(None, "")
+                    for n in record["lengths"]
+                ),
+            ]
+            for key in dict.fromkeys(place[:3] for place in rows)
+            for size, what, method in [key]
+        ]
+        lead = paragraph(
+            f"[{path.stem}](../benchmarks/results/{path.name}): {record['dtype']}, {cores(record)}, medians of",
+            f"{record['repeats']}; seconds, and MiB in brackets. Skein becomes faster at",
+            " and ".join(
+                f"{row['tokens']:,} tokens in {row['pass']} ({row['size']}, {row['is']})" for row in record["crossover"]
+            )
+            + ".",
+        )
+        tables += [lead, markdown_table(["", "", *map(tokens, record["lengths"])], body)]
+    return "\n\n".join(tables)
+
+
 PLACES: list[tuple[str, str, Callable[[], str]]] = [
     ("README.md", "speeds", speeds),
     ("README.md", "encoders", encoders),
     ("README.md", "embeddings", embeddings),
     ("README.md", "training", training),
     ("docs/method.md", "ingredients", ingredients),
+    ("docs/framework.md", "framework-products", framework_products),
+    ("docs/framework.md", "framework-pilots", framework_pilots),
+    ("docs/results.md", "records", records),
+    ("docs/results.md", "layer-costs", layer_costs),
+    ("docs/results.md", "whole-encoders", whole_encoders),
 ]
 
 

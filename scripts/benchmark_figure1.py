@@ -151,7 +151,7 @@ def print_summary(summary: list[dict[str, Any]]) -> None:
         features = sorted({key[3] for key in by_place if key[:2] == (weights, n)})
         rows = [["features", *map(str, features)]]
         for method in METHODS:
-            rows.append([method, *(number(by_place.get((weights, n, method, d)), ".3f") for d in features)])
+            rows.append([method, *(number(by_place.get((weights, n, method, d)), ".3g") for d in features)])
         print(format_table(f"Relative spectral error, {weights} weights, {n} tokens", rows), flush=True)
 
 

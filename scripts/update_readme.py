@@ -355,6 +355,31 @@ def whole_encoders() -> str:
     return "\n\n".join(tables)
 
 
+def figure1() -> str:
+    record = load("figure1")
+    by_place = {(row["weights"], row["n"], row["method"], row["features"]): row for row in record["summary"]}
+    tables = []
+    for n in record["lengths"]:
+        exact = next(row for row in record["rows"] if row["method"] == "exact" and row["n"] == n)
+        for weights in WEIGHTS:
+            features = [d for d in record["features"] if d < n]
+            body = []
+            for method in dict.fromkeys(row["method"] for row in record["summary"]):
+                rows = [by_place[weights, n, method, d] for d in features]
+                time = f"{1e3 * by_place['pretrained', n, method, 128]['seconds']:.0f}"
+                body.append([method, *(f"{row['spectral']:.3g} ± {row['standard_error']:.1g}" for row in rows), time])
+            heads = by_place[weights, n, "vmean", features[0]]["heads"]
+            title = f"{tokens(n)}, {weights} weights, {heads} heads"
+            head = [title, *map(str, features), f"ms at 128 (exact: {1e3 * exact['forward_seconds']:.0f})"]
+            tables.append(markdown_table(head, body))
+    lead = paragraph(
+        f"Mean and standard error over heads, of {len(record['layers'])} layers and {record['num_texts']} texts, of",
+        f"`{record['model']}`, fp32; times of one layer's forward, medians of {record['repeats']}, on {cores(record)},",
+        "all methods in turn.",
+    )
+    return "\n\n".join([lead, *tables])
+
+
 PLACES: list[tuple[str, str, Callable[[], str]]] = [
     ("README.md", "speeds", speeds),
     ("README.md", "encoders", encoders),
@@ -366,6 +391,7 @@ PLACES: list[tuple[str, str, Callable[[], str]]] = [
     ("docs/results.md", "records", records),
     ("docs/results.md", "layer-costs", layer_costs),
     ("docs/results.md", "whole-encoders", whole_encoders),
+    ("docs/results.md", "figure1", figure1),
 ]
 
 

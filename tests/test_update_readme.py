@@ -85,3 +85,34 @@ def test_a_place_that_is_missing_is_an_error(copy):
     readme.write_text(readme.read_text().replace("<!-- speeds: end -->", ""))
     with pytest.raises(ValueError, match="has 0 places between `<!-- speeds: begin -->`"):
         update_readme.main(["--check"])
+
+
+def test_what_the_documents_say_of_figure_1_is_in_its_record():
+    record = json.loads((update_readme.RESULTS / "figure1.json").read_text())
+    errors = {(row["weights"], row["n"], row["features"], row["method"]): row["spectral"] for row in record["summary"]}
+    framework = ("vmean", "linformer", "linformer-jl", "informer", "performer")
+    positional = ("nystromformer", "bigbird", "longformer")
+    for weights, n, d in dict.fromkeys(place[:3] for place in errors):
+        error = {place[3]: e for place, e in errors.items() if place[:3] == (weights, n, d)}
+        order = sorted(error, key=error.get)
+        assert order[0].startswith("adaptive") and order[1].startswith("adaptive")
+        assert error["vmean"] < error["linformer"]
+        if weights == "random":
+            assert error["adaptive"] < 1e-3
+            assert order[-1] == "linformer"
+            assert min(error[m] for m in ("linformer-jl", "longformer", "bigbird")) > error["vmean"]
+            continue
+        is_best = error["skeinformer"] < min(error[method] for method in framework)
+        assert is_best == (d >= (64 if n == 1024 else 128))
+        assert error["vmean"] < error["linformer-jl"] or d >= 512
+        if 32 <= d < n / 4:
+            assert error["skeinformer"] > max(error[method] for method in positional)
+        elif d == n // 4:
+            assert error["nystromformer"] < error["skeinformer"] < error["longformer"]
+        elif d == n // 2:
+            assert n > 1024 or error["skeinformer"] < min(error[method] for method in positional)
+        if d == 8:
+            others = (
+                e for (w, m, f, name), e in errors.items() if (w, m, f) == (weights, n, 64) and name[0:8] != "adaptive"
+            )
+            assert error["adaptive"] < min(others)

@@ -6,10 +6,11 @@ OLDEST := .venv-oldest
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo test test-oldest lint clean
+.PHONY: help demo bench test test-oldest lint clean
 
 help:
 	@echo "make demo         MiniLM to 2048 tokens: time, memory, and a classifier that truncation cannot learn (5 minutes)"
+	@echo "make bench        quick runs of the benchmarks, into runs/bench (10 minutes)"
 	@echo "make test         lint and the whole test suite, in a virtual environment of its own"
 	@echo "make test-oldest  what touches Transformers, on the oldest release admitted ($(OLDEST_TRANSFORMERS))"
 	@echo "make clean        remove both virtual environments and what the demo wrote"
@@ -36,6 +37,19 @@ $(OLDEST)/.installed: pyproject.toml constraints.txt
 demo: $(VENV)/.installed-demo
 	$(VENV)/bin/python scripts/demo.py
 
+# Small runs, on this project's own documents for want of a text; docs/results.md has the commands of the records.
+bench: $(VENV)/.installed-demo
+	mkdir -p runs/bench
+	cat README.md docs/*.md > runs/bench/text.txt
+	$(VENV)/bin/python scripts/benchmark_speed.py --text runs/bench/text.txt --head-dim 64 --lengths 1024 4096 \
+		--output runs/bench/speed
+	$(VENV)/bin/python scripts/benchmark_fidelity.py --text runs/bench/text.txt --settings none --setting default: \
+		--lengths 512 2048 --output runs/bench/fidelity
+	$(VENV)/bin/python scripts/benchmark_figure1.py --text runs/bench/text.txt --lengths 1024 --features 32 128 \
+		--num-texts 1 --output runs/bench/figure1
+	$(VENV)/bin/python scripts/check_framework.py --text runs/bench/text.txt --length 256 --draws 50 \
+		--columns 8 32 128 --output runs/bench/framework
+
 lint: $(VENV)/.installed-test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -46,7 +60,7 @@ test: lint
 test-oldest: $(OLDEST)/.installed
 	$(OLDEST)/bin/python -m pytest --numprocesses 2 tests/test_registration.py tests/test_model_families.py \
 		tests/test_convert_positions.py tests/test_convert_checkpoint.py tests/test_verify.py tests/test_longformer.py \
-		tests/test_finetune_classification.py tests/test_hub.py
+		tests/test_finetune_classification.py tests/test_hub.py tests/test_baselines.py
 
 clean:
 	rm -rf $(VENV) $(OLDEST) demo-output

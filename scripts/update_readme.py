@@ -100,6 +100,9 @@ ENCODERS = {
 }
 
 
+SIZES = ("minilm", "base")
+
+
 def encoders() -> str:
     record = load("encoder_minilm")
     seconds = {(row["pass"], row["method"], row["n"]): row["seconds"] for row in record["rows"]}
@@ -111,7 +114,14 @@ def encoders() -> str:
 
     body = [[f"inference, {ENCODERS[method]}", *of("inference", method)] for method in ENCODERS]
     body += [[f"training step, {ENCODERS[method]}", *of("training", method)] for method in ("sdpa", "skein")]
-    crossover = {row["pass"]: row["tokens"] for row in record["crossover"]}
+    crossover, of_base = (
+        {row["pass"]: row["tokens"] for row in load(f"encoder_{size}")["crossover"]} for size in SIZES
+    )
+    long = [row for row in load("encoder_base_long")["rows"] if row["pass"] == "inference"]
+    longest = max(row["n"] for row in long)
+    exact, skein = (
+        row["seconds"] for name in ("sdpa", "skein") for row in long if (row["method"], row["n"]) == (name, longest)
+    )
     lead = paragraph(
         f"A whole encoder of MiniLM's size (random weights, fp32, {cores(record)}, medians of {record['repeats']}),",
         "the sketch at every length, beside Transformers' other encoders for long documents in the same size",
@@ -121,7 +131,9 @@ def encoders() -> str:
     table = markdown_table(["seconds, one document", *map(tokens, lengths)], body)
     result = paragraph(
         f"Skein is faster than exact attention from {crossover['inference']:,} tokens on in inference and from",
-        f"{crossover['training']:,} in training.",
+        f"{crossover['training']:,} in training; at BERT-base's size from {of_base['inference']:,} and",
+        f"{of_base['training']:,}, and at {longest:,} tokens it takes {skein:.0f} s instead of {exact:.0f} s",
+        "([all figures](docs/results.md#whole-encoders)).",
     )
     return f"{lead}\n\n{table}\n\n{result}"
 
@@ -322,7 +334,16 @@ def layer_costs() -> str:
         ]
         head = ["tokens", record["dtype"], "ms", "times faster", "with backward", "MiB", "error"]
         tables.append(markdown_table(head, body))
-    return "\n\n".join(tables)
+    ratios = [
+        f"{row['forward_seconds'] / row['forward_float32_seconds']:.2f} at {row['n']:,} tokens"
+        for row in record["rows"]
+        if row["method"] in record["methods"] and settings(record["methods"][row["method"]]) == "default"
+    ]
+    beside = paragraph(
+        f"Time of the default in {record['dtype']} over that in float32 in the same run, forward: {', '.join(ratios)}.",
+        "(It computes in float32 inside.)",
+    )
+    return "\n\n".join([*tables, beside])
 
 
 def whole_encoders() -> str:

@@ -83,7 +83,7 @@ def lse_kernel(
     tl.store(p_out + (i_bh * CHUNKS + i_chunk) * PILOTS + o_m, b_largest + tl.log(b_sum), mask=o_m < PILOTS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["key"])
 def pilot_rows_kernel(p_index, p_length, p_rows, p_distinct, n, HEADS, PILOTS, key, M: tl.constexpr, BM: tl.constexpr):
     """Random rows with replacement; and the same with -1 in place of what has come before."""
     i_bh = tl.program_id(0).to(tl.int64)
@@ -131,7 +131,7 @@ def block_means(query: Tensor, order: Tensor, blocks: int, parts: int, layout: L
 
 
 def log_sum_exp(pilots: Tensor, key: Tensor, bias: Tensor | None, scale: float, layout: Layout) -> Tensor:
-    """Logarithm, chunk by chunk, of the sum over the valid keys of `exp(scale * q·k + bias)`.
+    """Logarithm of the sum over the valid keys of `exp(scale * q·k + bias)`.
 
     Args:
         pilots: `[B, H, r, p]` contiguous, in the dtype of `key`.
@@ -141,11 +141,11 @@ def log_sum_exp(pilots: Tensor, key: Tensor, bias: Tensor | None, scale: float, 
         layout: The layout.
 
     Returns:
-        `[B, H, chunks, r]` float32; a chunk holds `PIECE` keys, and is undefined where a sequence has none of them.
+        `[B, H, r]` float32; `-inf` for a sequence that is not sketched.
     """
     batch, heads, rows, p = pilots.shape
     n, chunks = key.shape[2], triton.cdiv(key.shape[2], PIECE)
-    out = torch.empty(batch, heads, chunks, rows, dtype=torch.float32, device=key.device)
+    out = torch.full((batch, heads, chunks, rows), -torch.inf, device=key.device)
     conf = config("pilots", padded(p), like=key)
     lse_kernel[(batch * heads * chunks, triton.cdiv(rows, conf.rows))](
         pilots, key, pilots if bias is None else bias, layout.key_index, layout.key_length, layout.blocks, out,
@@ -153,7 +153,7 @@ def log_sum_exp(pilots: Tensor, key: Tensor, bias: Tensor | None, scale: float, 
         p=p, P=padded(p), BIAS=bias is not None, PIECE=PIECE, BM=conf.rows, BN=conf.keys, PRECISION=precision(key),
         num_warps=conf.warps, num_stages=conf.stages,
     )  # fmt: skip
-    return out
+    return out.logsumexp(2)
 
 
 def random_rows(query: Tensor, count: int, random_key: int, layout: Layout) -> tuple[Tensor, Tensor]:

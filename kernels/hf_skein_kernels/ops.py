@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -20,6 +23,7 @@ _NUM_SELECTION = len(Selection._fields)
 KINDS = ("second_order", "mean", "geometric", "simple")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_DIM = 256
+LEAST_CAPABILITY = (8, 0)  # Triton's on CUDA; every GPU of ROCm has a higher one
 
 # --- operators ---
 
@@ -50,7 +54,7 @@ def select(
     `columns` have room for `most_blocks` blocks, rounded down to a power of two, so that shapes do not follow from how
     many blocks a length makes.
     """
-    with torch.autocast(query.device.type, enabled=False):
+    with _beside(query):
         layout = ragged(query_mask, key_mask, query, key, block_size, most_blocks, exact_length)
         means = [moments.means(x, layout.key_index, layout.key_length) for x in (key, value)]
         if method == "adaptive":
@@ -128,7 +132,7 @@ def attend(
     if is_ragged:
         out.zero_()
         lse.zero_()
-    with torch.autocast(query.device.type, enabled=False):
+    with _beside(query):
         means, chosen, layout = _unpack(constants, query, most_blocks, block_size, dropout)
         rest = residual(key, value, *means, chosen, layout, _strata(num_strata, kind), kind)
         seed = layout.blocks if dropout_seed is None else dropout_seed  # not read without dropout
@@ -166,7 +170,7 @@ def attend_backward(
         grads[0].zero_()
     if grad.stride(-1) != 1:
         grad = grad.contiguous()
-    with torch.autocast(query.device.type, enabled=False):
+    with _beside(query):
         means, chosen, layout = _unpack(constants, query, most_blocks, block_size, dropout)
         rest = residual(key, value, *means, chosen, layout, _strata(num_strata, kind), kind)
         seed = layout.blocks if dropout_seed is None else dropout_seed
@@ -203,6 +207,13 @@ attend.register_autograd(_backward, setup_context=_save)
 
 
 # --- what they share ---
+
+
+@contextmanager
+def _beside(x: Tensor) -> Iterator[None]:
+    """Launches go to the device of `x`, whichever is current; autocast casts nothing."""
+    with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
+        yield
 
 
 def _outputs(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -313,10 +324,20 @@ def skein_attention(
     )[0]
 
 
+@torch.compiler.assume_constant_result
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
 def why_not(query: Tensor, value: Tensor) -> str | None:
     """The reason why the kernels cannot run on these inputs, or None if they can."""
-    if query.device.type != "cuda" and not INTERPRETED.value:
-        return f"it needs a CUDA or ROCm device (or TRITON_INTERPRET=1, for tests); the inputs are on {query.device}"
+    if not INTERPRETED.value:
+        if query.device.type != "cuda":
+            return (
+                f"it needs a CUDA or ROCm device (or TRITON_INTERPRET=1, for tests); the inputs are on {query.device}"
+            )
+        if (capability := _capability(query.device)) < LEAST_CAPABILITY:
+            return f"it needs a GPU of compute capability {LEAST_CAPABILITY}; {query.device} has {capability}"
     if query.dtype not in DTYPES:
         return f"it knows {', '.join(str(x) for x in DTYPES)}; the inputs are {query.dtype}"
     largest = max(query.shape[-1], value.shape[-1])

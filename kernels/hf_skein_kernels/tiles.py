@@ -105,8 +105,12 @@ def padded(p: int) -> int:
 
 
 def precision(x: Tensor) -> str:
-    """How float32 tiles are multiplied: as they are, unless the inputs are shorter or PyTorch allows TF32."""
-    return "ieee" if x.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32 else "tf32"
+    """How float32 tiles are multiplied: as they are, unless the inputs are shorter or PyTorch allows TF32.
+
+    Of AMD's GPUs only gfx942 has TF32, and Triton refuses it on the others.
+    """
+    is_short = x.dtype != torch.float32 or torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if is_short and not ON_ROCM else "ieee"
 
 
 LOG2_E = tl.constexpr(math.log2(math.e))

@@ -133,10 +133,10 @@ def attend(
         out.zero_()
         lse.zero_()
     with _beside(query):
-        means, chosen, layout = _unpack(constants, query, most_blocks, block_size, dropout)
-        rest = residual(key, value, *means, chosen, layout, _strata(num_strata, kind), kind)
+        means, centres, chosen, layout = _unpack(constants, query, most_blocks, block_size, dropout)
+        rest = residual(key, value, means, centres, chosen, layout, _strata(num_strata, kind), kind)
         seed = layout.blocks if dropout_seed is None else dropout_seed  # not read without dropout
-        attention.forward(query, key, value, *means, chosen, layout, rest, scale, dropout, seed, out, lse)
+        attention.forward(query, key, value, *centres, chosen, layout, rest, scale, dropout, seed, out, lse)
         exact.forward(query, key, value, chosen.exact_rows, layout, is_ragged, scale, dropout, seed, out, lse)
     return out, lse
 
@@ -171,13 +171,13 @@ def attend_backward(
     if grad.stride(-1) != 1:
         grad = grad.contiguous()
     with _beside(query):
-        means, chosen, layout = _unpack(constants, query, most_blocks, block_size, dropout)
-        rest = residual(key, value, *means, chosen, layout, _strata(num_strata, kind), kind)
+        means, centres, chosen, layout = _unpack(constants, query, most_blocks, block_size, dropout)
+        rest = residual(key, value, means, centres, chosen, layout, _strata(num_strata, kind), kind)
         seed = layout.blocks if dropout_seed is None else dropout_seed
         common = scale, dropout, seed, out, lse, grad
         exact_grads = exact.backward(query, key, value, chosen.exact_rows, layout, is_ragged, *common, grads[0])
         attention.backward(
-            query, key, value, *means, chosen, layout, rest, kind == "geometric", *common, *grads, exact_grads
+            query, key, value, *centres, chosen, layout, rest, kind == "geometric", *common, *grads, exact_grads
         )
     return grads
 
@@ -232,14 +232,17 @@ def _strata(num_strata: int, kind: str) -> int:
 
 
 def _unpack(constants: list[Tensor], query: Tensor, most_blocks: int, block_size: int, dropout: float):
-    """The two means, the selection and the layout. Blocks that not even the padded length needs are cut off."""
+    """The two means, what is subtracted from keys and values, the selection and the layout.
+
+    Blocks that not even the padded length needs are cut off.
+    """
     key_mean, value_mean, *rest = constants
     chosen, layout = Selection(*rest[:_NUM_SELECTION]), Layout(*rest[_NUM_SELECTION:])
     blocks = num_blocks(query.shape[2], block_size, most_blocks)
     chosen = chosen._replace(columns=chosen.columns[:, :, :blocks].contiguous())
-    if dropout:  # a column that is dropped loses all of its value
-        value_mean = torch.zeros_like(value_mean)
-    return (key_mean, value_mean), chosen, layout
+    # A column that is dropped loses all of its value.
+    centres = key_mean, torch.zeros_like(value_mean) if dropout else value_mean
+    return (key_mean, value_mean), centres, chosen, layout
 
 
 def _floor_power(n: int) -> int:

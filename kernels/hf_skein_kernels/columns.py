@@ -303,7 +303,7 @@ def offsets_kernel(
 
 
 def draw_scores(
-    pilots: Tensor | None,
+    pilots: tuple[Tensor, Tensor] | None,
     key: Tensor,
     value: Tensor,
     num_heads: int,
@@ -315,8 +315,8 @@ def draw_scores(
     """Scores whose highest `d` are `d` columns drawn without replacement.
 
     Args:
-        pilots: `[B, H, r, p]` contiguous, in the dtype of `key`: the rows that eq. 5 of the paper looks at. None: all
-            columns are alike.
+        pilots: `[B, H, r, p]` contiguous, in the dtype of `key`: the rows that eq. 5 of the paper looks at; and
+            `[B, H, r]` float32, the logarithm of each one's mass. None: all columns are alike.
         key: `[B, HK, n_k, p]`, last stride 1.
         value: `[B, HK, n_k, pv]`, last stride 1.
         num_heads: `H`.
@@ -332,11 +332,11 @@ def draw_scores(
     pv, chunks = value.shape[-1], triton.cdiv(n, PIECE)
     out = torch.empty(batch, num_heads, n, dtype=torch.float32, device=key.device)
     conf = config("pilots", padded(p), padded(pv), like=key)
-    lse = out if pilots is None else log_sum_exp(pilots, key, None, scale, layout)
+    rows, lse = pilots or (out, out)  # not read if all are alike
     draw_kernel[(batch * num_heads * chunks,)](
-        out if pilots is None else pilots, key, value, lse, layout.key_index, layout.key_length, layout.blocks, out,
-        *key.stride()[:3], *value.stride()[:3], n, num_heads, num_heads // kv_heads,
-        0 if pilots is None else pilots.shape[2], chunks, scale, random_key, exact_rows,
+        rows, key, value, lse, layout.key_index, layout.key_length, layout.blocks, out,
+        *key.stride()[:3], *value.stride()[:3], n, num_heads, num_heads // kv_heads, rows.shape[2], chunks, scale,
+        random_key, exact_rows,
         p=p, pv=pv, P=padded(p), PV=padded(pv), PIECE=PIECE, BM=conf.rows, BN=conf.keys, UNIFORM=pilots is None,
         PRECISION=precision(key), num_warps=conf.warps, num_stages=conf.stages,
     )  # fmt: skip

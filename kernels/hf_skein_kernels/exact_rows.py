@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .layout import Layout
+from .layout import Layout, Selection
 from .tiles import LOG2_E, config, dot, kept, load_rows, padded, precision, store_rows
 
 
@@ -251,11 +251,24 @@ def backward_keys_kernel(
 # --- launchers ---
 
 
+def rows(
+    query: Tensor, key: Tensor, value: Tensor, positions: Tensor, layout: Layout, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Exact attention of the rows at `positions [B, H, R]` int32: `[B, H, R, pv]` and `[B, H, R]`, the logarithm to
+    base 2 of their mass; both float32, undefined for sequences that are not sketched. Otherwise as `forward`.
+    """
+    part, part_lse = _forward(query, key, value, positions, layout, scale, 0.0, layout.blocks, None)
+    out, lse = torch.empty_like(part[:, :, 0]), torch.empty_like(part_lse[:, :, 0])
+    every = torch.arange(positions.shape[-1], dtype=torch.int32, device=query.device).expand_as(positions)
+    _combine(part, part_lse, every.contiguous(), layout, out, lse)
+    return out, lse
+
+
 def forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    exact_rows: Tensor,
+    selection: Selection,
     layout: Layout,
     ragged: bool,
     scale: float,
@@ -266,11 +279,13 @@ def forward(
 ) -> None:
     """Write exact rows to `out [B, H, n_q, pv]` and `lse [B, H, n_q]` (to base 2).
 
+    Rows that came with the selection are not computed again, unless weights are dropped.
+
     Args:
         query: `[B, H, n_q, p]`, last stride 1; likewise keys and values.
         key: `[B, HK, n_k, p]`.
         value: `[B, HK, n_k, pv]`.
-        exact_rows: `[B, H, R]` int32, rows of sequences that are sketched; -1 is none.
+        selection: Its exact rows `[B, H, R]` are those of sequences that are sketched.
         layout: Of the batch.
         ragged: Whether there may be sequences that are not sketched.
         scale: Multiplies the logits.
@@ -279,20 +294,15 @@ def forward(
         out: Written to.
         lse: Written to.
     """
-    for listed, rows, chunk in _launches(exact_rows, query, key, ragged):
-        chunks, common, options = _arguments(query, key, value, layout, exact_rows, listed, rows, chunk, dropout)
-        part = part_lse = None
-        if listed:
-            part = query.new_empty(*exact_rows.shape[:2], chunks, rows, value.shape[-1], dtype=torch.float32)
-            part_lse = part.new_empty(part.shape[:-1])
-        forward_kernel[(query.shape[0] * query.shape[1] * common[5] * chunks,)](
-            query, key, value, part if listed else out, part_lse if listed else lse, exact_rows,
-            layout.query_index, layout.query_length, layout.key_index, layout.key_length, layout.blocks, seed,
-            *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],
-            *common, scale, dropout, **options,
-        )  # fmt: skip
-        if listed:
-            _combine(part, part_lse, exact_rows, layout, out, lse)
+    exact_rows = selection.exact_rows
+    if exact_rows.shape[-1]:
+        if selection.exact_lse.shape[-1] and not dropout:
+            part, part_lse = selection.exact_output[:, :, None], selection.exact_lse[:, :, None]
+        else:
+            part, part_lse = _forward(query, key, value, exact_rows, layout, scale, dropout, seed, None)
+        _combine(part, part_lse, exact_rows, layout, out, lse)
+    if ragged:
+        _forward(query, key, value, exact_rows, layout, scale, dropout, seed, (out, lse))
 
 
 def backward(
@@ -344,6 +354,25 @@ def backward(
         PRECISION=precision(query), num_warps=c.warps, num_stages=c.stages,
     )  # fmt: skip
     return grads
+
+
+def _forward(
+    query, key, value, exact_rows, layout: Layout, scale: float, dropout: float, seed, results: tuple | None
+) -> tuple[Tensor, Tensor]:
+    """All rows of what is not sketched, to `results`; or, if that is None, listed rows over chunks of keys."""
+    listed = results is None
+    rows, chunk = (exact_rows.shape[-1], CHUNK) if listed else (query.shape[2], key.shape[2])
+    chunks, common, options = _arguments(query, key, value, layout, exact_rows, listed, rows, chunk, dropout)
+    if listed:
+        part = query.new_empty(*exact_rows.shape[:2], chunks, rows, value.shape[-1], dtype=torch.float32)
+        results = part, part.new_empty(part.shape[:-1])
+    forward_kernel[(query.shape[0] * query.shape[1] * common[5] * chunks,)](
+        query, key, value, *results, exact_rows,
+        layout.query_index, layout.query_length, layout.key_index, layout.key_length, layout.blocks, seed,
+        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *results[0].stride()[:3],
+        *common, scale, dropout, **options,
+    )  # fmt: skip
+    return results
 
 
 def _launches(exact_rows: Tensor, query: Tensor, key: Tensor, ragged: bool) -> list[tuple[bool, int, int]]:

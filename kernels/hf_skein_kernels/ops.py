@@ -78,18 +78,26 @@ def select(
 @select.register_fake
 def _(
     query, key, value, query_mask, key_mask, method, most_blocks, block_size, exact_length, num_columns, num_strata,
-    num_pilots, exact_rows, pilot_reutilization, *others,
+    num_pilots, exact_rows, pilot_reutilization, uniform, *others,
 ):  # fmt: skip
     batch, heads, n_q, p = query.shape
     kv_heads, n_k, pv = value.shape[1:]
     if method == "adaptive":
-        exact_rows = min(exact_rows, n_q)
+        exact_rows, reused = min(exact_rows, n_q), 0
     else:
         exact_rows = num_pilots if pilot_reutilization else 0
-    means = [query.new_empty(batch, kv_heads, x, dtype=torch.float32) for x in (p, pv)]
-    selected = (heads, n_q), (heads, _floor_power(most_blocks), num_columns), (heads, exact_rows), (kv_heads, n_k)
-    shapes = *selected, (n_q,), (), (n_k,), (), ()
-    return means + [query.new_empty(batch, *shape, dtype=torch.int32) for shape in shapes]
+        reused = 0 if uniform else exact_rows
+
+    def empty(dtype: torch.dtype, *shapes: tuple[int, ...]) -> list[Tensor]:
+        return [query.new_empty(batch, *shape, dtype=dtype) for shape in shapes]
+
+    positions = (heads, n_q), (heads, _floor_power(most_blocks), num_columns), (heads, exact_rows), (kv_heads, n_k)
+    return [
+        *empty(torch.float32, (kv_heads, p), (kv_heads, pv)),
+        *empty(torch.int32, *positions),
+        *empty(torch.float32, (heads, reused, pv), (heads, reused)),
+        *empty(torch.int32, (n_q,), (), (n_k,), (), ()),
+    ]
 
 
 @torch.library.custom_op(f"{NAMESPACE}::attend", mutates_args=())
@@ -137,7 +145,7 @@ def attend(
         rest = residual(key, value, means, centres, chosen, layout, _strata(num_strata, kind), kind)
         seed = layout.blocks if dropout_seed is None else dropout_seed  # not read without dropout
         attention.forward(query, key, value, *centres, chosen, layout, rest, scale, dropout, seed, out, lse)
-        exact.forward(query, key, value, chosen.exact_rows, layout, is_ragged, scale, dropout, seed, out, lse)
+        exact.forward(query, key, value, chosen, layout, is_ragged, scale, dropout, seed, out, lse)
     return out, lse
 
 

@@ -156,7 +156,7 @@ def log_sum_exp(pilots: Tensor, key: Tensor, bias: Tensor | None, scale: float, 
     return out.logsumexp(2)
 
 
-def random_rows(query: Tensor, count: int, random_key: int, layout: Layout) -> tuple[Tensor, Tensor]:
+def random_rows(query: Tensor, count: int, random_key: int, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
     """Rows drawn uniformly with replacement (step 1 of Algorithm 1), those of `sketch.pilots.random_rows`.
 
     Args:
@@ -166,7 +166,8 @@ def random_rows(query: Tensor, count: int, random_key: int, layout: Layout) -> t
         layout: The layout.
 
     Returns:
-        The rows `[B, H, count, p]`, and their positions `[B, H, count]` int32, -1 in place of what has come before.
+        The rows `[B, H, count, p]`, their positions `[B, H, count]` int32, and the same with -1 in place of what has
+        come before.
     """
     batch, heads, n, p = query.shape
     rows = torch.empty(batch, heads, count, dtype=torch.int32, device=query.device)
@@ -175,4 +176,4 @@ def random_rows(query: Tensor, count: int, random_key: int, layout: Layout) -> t
         layout.query_index, layout.query_length, rows, distinct, n, heads, count, random_key,
         M=padded(count), BM=16, num_warps=4,
     )  # fmt: skip
-    return query.gather(2, rows.long()[..., None].expand(-1, -1, -1, p)), distinct
+    return query.gather(2, rows.long()[..., None].expand(-1, -1, -1, p)), rows, distinct

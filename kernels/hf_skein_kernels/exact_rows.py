@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .layout import Layout, Selection
-from .tiles import LOG2_E, config, dot, kept, load_rows, padded, precision, store_rows
+from .tiles import LOG2_E, config, dot, kept, load_rows, padded, precision, softmax_step, store_rows
 
 
 CHUNK = 1024  # keys
@@ -59,8 +59,10 @@ def forward_kernel(
     o_p, o_v = tl.arange(0, P), tl.arange(0, PV)
     m_p, m_v = o_p < p, o_v < pv
     # [BM, P]
-    p_head = p_query + i_b * query_stride_b + i_h * query_stride_h
-    b_query = load_rows(p_head, query_stride_n, o_row, m_row, o_p, m_p)
+    p_query += i_b * query_stride_b + i_h * query_stride_h
+    p_key += i_b * key_stride_b + (i_h // GROUP) * key_stride_h
+    p_value += i_b * value_stride_b + (i_h // GROUP) * value_stride_h
+    b_query = load_rows(p_query, query_stride_n, o_row, m_row, o_p, m_p)
     b_max = tl.full([BM], -1e38, tl.float32)
     b_mass = tl.zeros([BM], tl.float32)
     b_out = tl.zeros([BM, PV], tl.float32)
@@ -70,20 +72,14 @@ def forward_kernel(
         m_rank = o_rank < end
         o_n = tl.load(p_key_index + i_b * n_k + o_rank, mask=m_rank, other=0)
         # [BN, P], [BN, PV]
-        p_head = p_key + i_b * key_stride_b + (i_h // GROUP) * key_stride_h
-        b_key = load_rows(p_head, key_stride_n, o_n, m_rank, o_p, m_p)
-        p_head = p_value + i_b * value_stride_b + (i_h // GROUP) * value_stride_h
-        b_value = load_rows(p_head, value_stride_n, o_n, m_rank, o_v, m_v)
+        b_key = load_rows(p_key, key_stride_n, o_n, m_rank, o_p, m_p)
+        b_value = load_rows(p_value, value_stride_n, o_n, m_rank, o_v, m_v)
         b_logit = dot(b_query, tl.trans(b_key), None, PRECISION) * (scale * LOG2_E)
         b_logit = tl.where(m_rank[None, :], b_logit, -float("inf"))
-        b_new_max = tl.maximum(b_max, tl.max(b_logit, 1))
-        b_weight, b_shrink = tl.exp2(b_logit - b_new_max[:, None]), tl.exp2(b_max - b_new_max)
-        b_mass = b_mass * b_shrink + tl.sum(b_weight, 1)
+        b_weight, b_shrink, b_max, b_mass = softmax_step(b_logit, b_max, b_mass)
         if DROPOUT:
             b_weight *= kept(p_seed, rate, (i_bh * n_q + o_row)[:, None], o_n[None, :], n_k)
-        b_out = b_out * b_shrink[:, None]
-        b_out = dot(b_weight.to(b_query.dtype), b_value, b_out, PRECISION)
-        b_max = b_new_max
+        b_out = dot(b_weight.to(b_query.dtype), b_value, b_out * b_shrink, PRECISION)
     b_out = tl.where(b_mass[:, None] > 0, b_out / b_mass[:, None], 0.0)
     b_lse = b_max + tl.log2(b_mass)
     if LISTED:
@@ -152,8 +148,10 @@ def backward_query_kernel(
     o_p, o_v = tl.arange(0, P), tl.arange(0, PV)
     m_p, m_v = o_p < p, o_v < pv
     # [BM, P], [BM, PV]
-    p_head = p_query + i_b * query_stride_b + i_h * query_stride_h
-    b_query = load_rows(p_head, query_stride_n, o_row, m_row, o_p, m_p)
+    p_query += i_b * query_stride_b + i_h * query_stride_h
+    p_key += i_b * key_stride_b + (i_h // GROUP) * key_stride_h
+    p_value += i_b * value_stride_b + (i_h // GROUP) * value_stride_h
+    b_query = load_rows(p_query, query_stride_n, o_row, m_row, o_p, m_p)
     p_head = p_grad + i_b * grad_stride_b + i_h * grad_stride_h
     b_grad = load_rows(p_head, grad_stride_n, o_row, m_row, o_v, m_v)
     p_head = p_out + i_b * out_stride_b + i_h * out_stride_h
@@ -168,10 +166,8 @@ def backward_query_kernel(
         m_rank = o_rank < end
         o_n = tl.load(p_key_index + i_b * n_k + o_rank, mask=m_rank, other=0)
         # [BN, P], [BN, PV]
-        p_head = p_key + i_b * key_stride_b + (i_h // GROUP) * key_stride_h
-        b_key = load_rows(p_head, key_stride_n, o_n, m_rank, o_p, m_p)
-        p_head = p_value + i_b * value_stride_b + (i_h // GROUP) * value_stride_h
-        b_value = load_rows(p_head, value_stride_n, o_n, m_rank, o_v, m_v)
+        b_key = load_rows(p_key, key_stride_n, o_n, m_rank, o_p, m_p)
+        b_value = load_rows(p_value, value_stride_n, o_n, m_rank, o_v, m_v)
         b_logit = dot(b_query, tl.trans(b_key), None, PRECISION) * (scale * LOG2_E)
         b_weight = tl.where(m_rank[None, :], tl.exp2(b_logit - b_lse[:, None]), 0.0)
         b_of = dot(b_grad, tl.trans(b_value), None, PRECISION)
@@ -251,7 +247,7 @@ def backward_keys_kernel(
 # --- launchers ---
 
 
-def rows(
+def listed_rows(
     query: Tensor, key: Tensor, value: Tensor, positions: Tensor, layout: Layout, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Exact attention of the rows at `positions [B, H, R]` int32: `[B, H, R, pv]` and `[B, H, R]`, the logarithm to

@@ -115,7 +115,7 @@ def skeinformer(
     if uniform:
         looked_at = None
     elif pilot_reutilization:  # one pass gives their result, and their mass
-        exact_output, exact_lse = exact.rows(query, key, value, positions, layout, scale)
+        exact_output, exact_lse = exact.listed_rows(query, key, value, positions, layout, scale)
         looked_at = pilots, exact_lse * math.log(2)
     else:
         looked_at = pilots, log_sum_exp(pilots, key, None, scale, layout)

@@ -155,6 +155,15 @@ def store_rows(p_x, stride, o_rows, m_rows, o_cols, m_cols, b_x):
 
 
 @triton.jit
+def softmax_step(b_logit, b_max, b_mass):
+    """Online softmax to base 2 over logits `[N, M]`: their weights, the factor `[N, 1]` of what is summed already, and
+    the maximum and the mass of each row from here on."""
+    b_new_max = tl.maximum(b_max, tl.max(b_logit, 1))
+    b_weight, b_shrink = tl.exp2(b_logit - b_new_max[:, None]), tl.exp2(b_max - b_new_max)
+    return b_weight, b_shrink[:, None], b_new_max, b_mass * b_shrink + tl.sum(b_weight, 1)
+
+
+@triton.jit
 def kept(p_seed, rate, row, b_keys, n_keys):
     """Dropout: the factor, 0 or `1 / (1 - rate)`, of the weights of rows `[N, 1]` for keys `[1, M]`; `[N, M]`.
 

@@ -2,9 +2,10 @@
 
 The launchers run as they would on a GPU, forward and backward, but each launch compiles its kernel and goes no further.
 So what is compiled is what is launched. For each kernel the record holds registers, the stack that spilled registers
-take, and shared memory, and whether it fits. It also writes the table of docs/kernels.md.
+take, and shared memory, and whether it fits. It also writes the table of docs/kernels.md. Interrupted, it goes on where
+it was.
 
-    python scripts/compile_kernels.py                      # everything, about an hour on two cores
+    python scripts/compile_kernels.py --jobs 2             # everything
     python scripts/compile_kernels.py --target sm_90 --head-dim 64 --dtype bfloat16 --output sm_90.json
     python scripts/compile_kernels.py --table              # only the table, from the record
 """
@@ -19,7 +20,10 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Collection, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
+from itertools import product
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -30,7 +34,7 @@ os.environ["TRITON_INTERPRET"] = "0"
 import torch
 import triton
 from _document import markdown_table, rewrite
-from _record import provenance, write_json
+from _record import ResumableRecord, provenance
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
@@ -59,6 +63,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "skeinformer": {"method": "skeinformer", "kind": "geometric", "num_pilots": 128},
     "skeinformer, second order": {"method": "skeinformer", "num_pilots": 128},
 }
+
+# In float32, those in which every kernel occurs; their branches are compiled in 16 bits.
+EVERY_KERNEL = ("adaptive", "adaptive, two pilots", "skeinformer")
 
 
 class Target(NamedTuple):
@@ -170,34 +177,30 @@ def describe(name: str, kernel: Any) -> dict[str, Any]:
         "kernel": name,
         "warps": kernel.metadata.num_warps,
         "stages": kernel.metadata.num_stages,
-        "constants": {k: v for k, v in constants.items() if v is not None},
+        "constants": ", ".join(f"{k}={v}" for k, v in constants.items() if v is not None),
     }
 
 
-def compile_all(
-    targets: list[str], dtypes: list[str], head_dims: list[int], variants: list[str], only: Collection[str] = ()
+def compile_part(
+    dtype: str, head_dim: int, target: str, variants: Collection[str], only: Collection[str] = ()
 ) -> list[dict]:
-    """One row per kernel, specialisation and target.
+    """One row per kernel and specialisation.
 
     Raises:
         triton.CompilationError: A kernel does not build (or another of Triton's errors).
     """
     rows, seen = [], set()
-    for target in targets:
-        for dtype in dtypes:
-            for head_dim in head_dims:
-                for variant in variants:
-                    with compiling(target, only) as compiled:
-                        launch(DTYPES[dtype], head_dim, **VARIANTS[variant])
-                    for name, kernel in compiled:
-                        if (target, kernel.hash) in seen:
-                            continue
-                        seen.add((target, kernel.hash))
-                        used = resources(kernel)
-                        fits = used["shared_bytes"] <= TARGETS[target].shared
-                        where = {"target": target, "dtype": dtype, "head_dim": head_dim, "variant": variant}
-                        rows.append({**where, **describe(name, kernel), **used, "fits": fits})
-                    print(f"{target} {dtype} {head_dim} {variant}: {len(rows)} kernels so far", flush=True)
+    for variant in variants:
+        with compiling(target, only) as compiled:
+            launch(DTYPES[dtype], head_dim, **VARIANTS[variant])
+        for name, kernel in compiled:
+            if kernel.hash in seen:
+                continue
+            seen.add(kernel.hash)
+            used = resources(kernel)
+            fits = used["shared_bytes"] <= TARGETS[target].shared
+            where = {"target": target, "dtype": dtype, "head_dim": head_dim, "variant": variant}
+            rows.append({**where, **describe(name, kernel), **used, "fits": fits})
     return rows
 
 
@@ -236,17 +239,28 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bfloat16", "float32"])
     parser.add_argument("--head-dim", nargs="+", type=int, default=list(HEAD_DIMS))
-    parser.add_argument("--variant", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--variant", nargs="+", choices=VARIANTS, help="default: all, and some in float32")
     parser.add_argument("--kernel", nargs="+", default=(), help="only these, as file.name, such as columns.select")
+    parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--output", type=Path, default=RECORD)
     parser.add_argument("--table", action="store_true", help="write the table of docs/kernels.md from the record")
     options = parser.parse_args(arguments)
     if options.table:
         rewrite(DOCUMENT, "compiled", table(json.loads(options.output.read_text())["rows"]))
         return 0
-    rows = compile_all(options.target, options.dtype, options.head_dim, options.variant, options.kernel)
-    found = problems(rows)
-    write_json(options.output, {**provenance("triton"), "problems": found, "rows": rows})
+    variants = {x: options.variant or (EVERY_KERNEL if x == "float32" else tuple(VARIANTS)) for x in DTYPES}
+    record = ResumableRecord(options.output, {**provenance("triton"), "variants": variants, "kernels": options.kernel})
+    parts = {" ".join(map(str, part)): part for part in product(options.dtype, options.head_dim, options.target)}
+    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
+        coming = {
+            name: pool.submit(compile_part, *part, variants[part[0]], options.kernel)
+            for name, part in parts.items()
+            if name not in record
+        }
+        for name in parts:
+            print(f"{name}: {len(record.part(name, lambda name=name: coming[name].result()))} kernels", flush=True)
+    found = problems(record.rows)
+    record.finish(problems=found)
     print(*found, sep="\n")
     return 1 if found else 0
 

@@ -49,7 +49,7 @@ def block_tile(i_tile, length, blocks, BM: tl.constexpr):
 @triton.jit
 def forward_kernel(
     p_query, p_key, p_value, p_out, p_lse, p_order, p_columns, p_key_mean, p_value_mean,
-    p_mean_key, p_mean_value, p_count, p_metric, p_cross, p_query_length, p_key_length, p_blocks, p_seed,
+    p_mean_key, p_mean_value, p_count, p_metric, p_cross, p_query_length, p_blocks, p_seed,
     query_stride_b, query_stride_h, query_stride_n, key_stride_b, key_stride_h, key_stride_n,
     value_stride_b, value_stride_h, value_stride_n, out_stride_b, out_stride_h, out_stride_n,
     n_q, n_k, H, GROUP, G, TILES, scale, rate,
@@ -75,8 +75,6 @@ def forward_kernel(
     b_query = load_rows(p_query, query_stride_n, o_row, m_row, o_p, m_p)
     p_key += i_b * key_stride_b + (i_h // GROUP) * key_stride_h
     p_value += i_b * value_stride_b + (i_h // GROUP) * value_stride_h
-    b_key_mean = tl.load(p_key_mean + i_kv * p + o_p, mask=m_p, other=0.0)
-    b_value_mean = tl.load(p_value_mean + i_kv * pv + o_v, mask=m_v, other=0.0)
     scale_log2 = scale * LOG2_E
 
     b_max = tl.full([BM], -1e38, tl.float32)
@@ -110,6 +108,9 @@ def forward_kernel(
     for first in range(0, D, BN):
         o_d = first + tl.arange(0, BN)
         o_n = tl.load(p_columns + i_block * D + o_d, mask=o_d < D, other=0)
+        # Loaded here, the means do not take registers throughout.
+        b_key_mean = tl.load(p_key_mean + i_kv * p + o_p, mask=m_p, other=0.0)
+        b_value_mean = tl.load(p_value_mean + i_kv * pv + o_v, mask=m_v, other=0.0)
         # [BN, P], [BN, PV]
         b_key = load_centred(p_key, key_stride_n, o_n, o_d < D, o_p, m_p, b_key_mean)
         b_value = load_centred(p_value, value_stride_n, o_n, o_d < D, o_v, m_v, b_value_mean)
@@ -120,6 +121,7 @@ def forward_kernel(
             b_weight *= kept(p_seed, rate, (i_bh * n_q + o_row)[:, None], o_n[None, :], n_k)
         b_out = dot(b_weight.to(b_query.dtype), b_value, b_out * b_shrink, PRECISION)
 
+    b_value_mean = tl.load(p_value_mean + i_kv * pv + o_v, mask=m_v, other=0.0)
     b_out = b_out / b_mass[:, None] + b_value_mean[None, :]
     store_rows(p_out + i_b * out_stride_b + i_h * out_stride_h, out_stride_n, o_row, m_row, o_v, m_v, b_out)
     tl.store(p_lse + i_bh * n_q + o_row, b_max + tl.log2(b_mass), mask=m_row)
@@ -128,7 +130,7 @@ def forward_kernel(
 @triton.jit
 def backward_query_kernel(
     p_query, p_key, p_value, p_out, p_grad, p_lse, p_order, p_columns, p_key_mean, p_value_mean,
-    p_mean_key, p_mean_value, p_count, p_metric, p_cross, p_query_length, p_key_length, p_blocks, p_seed,
+    p_mean_key, p_mean_value, p_count, p_metric, p_cross, p_query_length, p_blocks, p_seed,
     p_grad_query, p_rows,
     query_stride_b, query_stride_h, query_stride_n, key_stride_b, key_stride_h, key_stride_n,
     value_stride_b, value_stride_h, value_stride_n, out_stride_b, out_stride_h, out_stride_n,
@@ -360,8 +362,8 @@ def backward_keys_kernel(
         else:
             if SECOND_ORDER:
                 b_within_key, b_within_value = within_gradient(
-                    p_key, key_stride_n, p_value, value_stride_n, o_n, m_i,
-                    p_key_mean + i_kv * p, p_value_mean + i_kv * pv, p_grad_metric + i_block * p * p, p_grad_cross + i_block * p * pv,
+                    p_key, key_stride_n, p_value, value_stride_n, o_n, m_i, p_key_mean + i_kv * p,
+                    p_value_mean + i_kv * pv, p_grad_metric + i_block * p * p, p_grad_cross + i_block * p * pv,
                     p, pv, P, PV, BN, BT, True, PRECISION,
                 )  # fmt: skip
                 b_grad_key -= b_within_key
@@ -497,7 +499,7 @@ def forward(
     tiles = num_tiles(n_q, blocks, c.rows)
     forward_kernel[(batch * heads * tiles,)](
         query, key, value, out, lse, selection.order, selection.columns, key_mean, value_mean,
-        *rest, layout.query_length, layout.key_length, layout.blocks, seed,
+        *rest, layout.query_length, layout.blocks, seed,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],
         n_q, key.shape[2], heads, heads // key.shape[1], blocks, tiles, scale, dropout,
         p=p, pv=pv, P=padded(p), PV=padded(pv), C=rest.count.shape[-1], D=selection.columns.shape[-1],
@@ -544,7 +546,7 @@ def backward(
     tiles = num_tiles(n_q, blocks, c.rows)
     backward_query_kernel[(bh * tiles,)](
         query, key, value, out, grad, lse, selection.order, selection.columns, key_mean, value_mean,
-        *rest, layout.query_length, layout.key_length, layout.blocks, seed, grad_query, rows,
+        *rest, layout.query_length, layout.blocks, seed, grad_query, rows,
         *strides, *out.stride()[:3], *grad.stride()[:3], *grad_query.stride()[:3],
         n_q, n_k, heads, group, blocks, tiles, scale, dropout,
         D=d, BM=c.rows, BN=c.keys, **sizes, **options, num_warps=c.warps, num_stages=c.stages,

@@ -251,10 +251,10 @@ def listed_rows(
     query: Tensor, key: Tensor, value: Tensor, positions: Tensor, layout: Layout, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Exact attention of the rows at `positions [B, H, R]` int32: `[B, H, R, pv]` and `[B, H, R]`, the logarithm to
-    base 2 of their mass; both float32, undefined for sequences that are not sketched. Otherwise as `forward`.
+    base 2 of their mass; both float32, zeros for sequences that are not sketched. Otherwise as `forward`.
     """
     part, part_lse = _forward(query, key, value, positions, layout, scale, 0.0, layout.blocks, None)
-    out, lse = torch.empty_like(part[:, :, 0]), torch.empty_like(part_lse[:, :, 0])
+    out, lse = torch.zeros_like(part[:, :, 0]), torch.zeros_like(part_lse[:, :, 0])
     every = torch.arange(positions.shape[-1], dtype=torch.int32, device=query.device).expand_as(positions)
     _combine(part, part_lse, every.contiguous(), layout, out, lse)
     return out, lse

@@ -33,8 +33,7 @@ ON_ROCM = torch.version.hip is not None
 CONFIGS: dict[str, dict[int, Config]] = {
     "moments": {64: Config(0, 64, 4, 2), 128: Config(0, 32, 8, 2), 256: Config(0, 32, 8, 2), 512: Config(0, 16, 8, 1)},
     "totals": {
-        64: Config(64, 64, 8, 2),
-        128: Config(64, 32, 8, 2),
+        128: Config(64, 16, 8, 2),
         256: Config(64, 32, 8, 1),
         512: Config(32, 16, 8, 1),
     },

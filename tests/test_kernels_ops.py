@@ -49,17 +49,26 @@ def test_adaptive_is_as_accurate_as_the_reference(poisoned):
     assert error(output, wanted) == pytest.approx(error(reference, wanted), rel=0.04)
 
 
-@pytest.mark.parametrize("residual", [None, "second_order"])
-def test_skeinformer_draws_what_the_reference_draws(residual, poisoned):
+@pytest.mark.parametrize(("residual", "is_reused"), [(None, True), ("second_order", False)])
+def test_skeinformer_draws_what_the_reference_draws(residual, is_reused, poisoned):
     query, key, value = inputs(90)
     mask = torch.rand(1, 90, device=DEVICE) < 0.9
-    settings = {"method": "skeinformer", "residual": residual, "seed": 3, "num_strata": 1}
+    settings = {"method": "skeinformer", "residual": residual, "pilot_reutilization": is_reused, "seed": 3}
+    settings["num_strata"] = 1
     output = skein_attention(query, key, value, mask, config=SkeinConfig(**{**SMALL, **settings}), layer=2)
     settings["backend"] = "reference"
     reference = skein_attention(
         *(x.double() for x in (query, key, value)), mask, config=SkeinConfig(**{**SMALL, **settings}), layer=2
     )
     assert error(output, reference) < 2e-6
+
+
+@pytest.mark.parametrize(("dropout", "passes"), [(0.0, 1), (0.1, 2)])
+def test_the_papers_pilots_are_attended_to_once(dropout, passes, monkeypatch):
+    calls, forward = [], ops.exact._forward
+    monkeypatch.setattr(ops.exact, "_forward", lambda *args: calls.append(0) or forward(*args))
+    skein_attention(*inputs(40), config=SkeinConfig(**SMALL, method="skeinformer"), dropout=dropout)
+    assert len(calls) == passes
 
 
 @pytest.mark.parametrize("method", ["adaptive", "skeinformer"])
@@ -196,6 +205,12 @@ def test_everything_is_launched_on_the_device_of_the_inputs(monkeypatch):
     skein_attention(query, key, value, config=SkeinConfig(**SMALL)).sum().backward()
     assert {name for name, _ in launches} == {name for _, name in places}
     assert all(is_guarded for _, is_guarded in launches), launches
+
+
+def test_a_graph_that_is_captured_does_not_wait_for_the_mask(monkeypatch):
+    mask = type("", (), {"is_cuda": True})()  # there is nothing to look into
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert attention._none_if_all(mask) is mask
 
 
 def test_float32_is_rounded_to_tf32_only_where_pytorch_allows_it(monkeypatch):
@@ -358,11 +373,11 @@ def test_runs_agree_bit_for_bit_and_memory_is_linear(gpu, method):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("method", ["adaptive", "skeinformer"])
-def test_a_cuda_graph_captures_it(gpu, method):
+@pytest.mark.parametrize(("method", "n"), [("adaptive", 2048), ("adaptive", 100), ("skeinformer", 2048)])
+def test_a_cuda_graph_captures_it(gpu, method, n):
     config = SkeinConfig(**LARGE, method=method)
-    static = inputs(2048, batch=2, heads=4, kv_heads=4, p=64, dtype=torch.bfloat16)
-    mask = torch.ones(2, 2048, dtype=torch.bool, device=DEVICE)
+    static = inputs(n, batch=2, heads=4, kv_heads=4, p=64, dtype=torch.bfloat16)
+    mask = torch.ones(2, n, dtype=torch.bool, device=DEVICE)
     with torch.no_grad():
         stream = torch.cuda.Stream()
         with torch.cuda.stream(stream):
@@ -373,7 +388,7 @@ def test_a_cuda_graph_captures_it(gpu, method):
             output = skein_attention(*static, mask, config=config)
         for x in static:
             x.normal_()
-        mask[1, 1500:] = False
+        mask[1, n // 2 :] = False
         graph.replay()
         assert torch.equal(output, skein_attention(*static, mask, config=config))
 

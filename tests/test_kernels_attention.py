@@ -259,10 +259,11 @@ def test_dropout(exact, poisoned):
         assert error(result, wanted) < TOLERANCE[torch.float32]
 
 
-def test_dropout_leaves_the_residual_and_its_gradients():
+@pytest.mark.parametrize("method", ["adaptive", "skeinformer"])
+def test_dropout_leaves_the_residual_and_its_gradients(method):
     """At a rate that drops nothing, the path with dropout is the one without."""
     single = [x.requires_grad_() for x in inputs(65, batch=1)]
-    config = SkeinConfig(**SMALL)
+    config = SkeinConfig(**SMALL, method=method)
     layout, selection, _ = reference_selection(*(x.detach() for x in single), None, None, config, 0.2)
     probe = torch.randn(1, 2, 65, 24, device=DEVICE)
     results = []

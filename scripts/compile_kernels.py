@@ -22,7 +22,6 @@ import tempfile
 from collections.abc import Collection, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
-from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -48,7 +47,9 @@ ROOT = Path(__file__).parents[1]
 RECORD = ROOT / "benchmarks" / "results" / "kernels_compiled.json"
 DOCUMENT = ROOT / "docs" / "kernels.md"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-HEAD_DIMS = (64, 128, 256)
+
+# By dtype, heads that together take every configuration of `tiles.CONFIGS`: numbers of float32 count twice.
+HEAD_DIMS = {"bfloat16": (64, 128, 256), "float16": (), "float32": (256,)}
 
 # Bytes that ptxas spills by choice, far below the limit of registers, so that more programs run side by side.
 _CHOSEN_SPILL = 16
@@ -64,8 +65,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "skeinformer, second order": {"method": "skeinformer", "num_pilots": 128},
 }
 
-# In float32, those in which every kernel occurs; their branches are compiled in 16 bits.
-EVERY_KERNEL = ("adaptive", "adaptive, two pilots", "skeinformer")
+# Those in which every kernel occurs, with and without dropout, which has configurations of its own. The other branches
+# are compiled for heads of 64 alone.
+EVERY_KERNEL = ("adaptive", "adaptive, dropout", "adaptive, two pilots", "skeinformer")
 
 
 class Target(NamedTuple):
@@ -238,8 +240,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bfloat16", "float32"])
-    parser.add_argument("--head-dim", nargs="+", type=int, default=list(HEAD_DIMS))
-    parser.add_argument("--variant", nargs="+", choices=VARIANTS, help="default: all, and some in float32")
+    parser.add_argument("--head-dim", nargs="+", type=int, help="default: what takes every configuration")
+    parser.add_argument("--variant", nargs="+", choices=VARIANTS, help="default: all for heads of 64, else most")
     parser.add_argument("--kernel", nargs="+", default=(), help="only these, as file.name, such as columns.select")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--output", type=Path, default=RECORD)
@@ -248,15 +250,20 @@ def main(arguments: list[str] | None = None) -> int:
     if options.table:
         rewrite(DOCUMENT, "compiled", table(json.loads(options.output.read_text())["rows"]))
         return 0
-    variants = {x: options.variant or (EVERY_KERNEL if x == "float32" else tuple(VARIANTS)) for x in DTYPES}
-    record = ResumableRecord(options.output, {**provenance("triton"), "variants": variants, "kernels": options.kernel})
-    parts = {" ".join(map(str, part)): part for part in product(options.dtype, options.head_dim, options.target)}
+    header = {**provenance("triton"), "variants": options.variant, "kernels": options.kernel}
+    record = ResumableRecord(options.output, header)
+    parts = {
+        f"{dtype} {head_dim} {target}": (dtype, head_dim, target)
+        for dtype in options.dtype
+        for head_dim in options.head_dim or HEAD_DIMS[dtype]
+        for target in options.target
+    }
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
-        coming = {
-            name: pool.submit(compile_part, *part, variants[part[0]], options.kernel)
-            for name, part in parts.items()
-            if name not in record
-        }
+        coming = {}
+        for name, part in parts.items():
+            variants = options.variant or (VARIANTS if part[1] == 64 else EVERY_KERNEL)
+            if name not in record:
+                coming[name] = pool.submit(compile_part, *part, tuple(variants), options.kernel)
         for name in parts:
             print(f"{name}: {len(record.part(name, lambda name=name: coming[name].result()))} kernels", flush=True)
     found = problems(record.rows)

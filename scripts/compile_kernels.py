@@ -5,7 +5,7 @@ So what is compiled is what is launched. For each kernel the record holds regist
 take, and shared memory, and whether it fits. It also writes the table of docs/kernels.md. Interrupted, it goes on where
 it was.
 
-    python scripts/compile_kernels.py --jobs 2             # everything
+    python scripts/compile_kernels.py --jobs 2             # every kernel in every configuration
     python scripts/compile_kernels.py --target sm_90 --head-dim 64 --dtype bfloat16 --output sm_90.json
     python scripts/compile_kernels.py --table              # only the table, from the record
 """
@@ -54,20 +54,17 @@ HEAD_DIMS = {"bfloat16": (64, 128, 256), "float16": (), "float32": (256,)}
 # Bytes that ptxas spills by choice, far below the limit of registers, so that more programs run side by side.
 _CHOSEN_SPILL = 16
 
-# By option: what `skein_attention` is called with, so that every branch of every kernel is compiled.
+# By option: what `skein_attention` is called with, so that every branch of every kernel is compiled. The first three
+# hold every kernel, the first one all that the default settings launch.
 VARIANTS: dict[str, dict[str, Any]] = {
     "adaptive": {},
-    "adaptive, dropout": {"dropout": 0.1},
+    "skeinformer": {"method": "skeinformer", "kind": "geometric", "num_pilots": 128},
     "adaptive, two pilots": {"num_pilots": 2},
+    "adaptive, dropout": {"dropout": 0.1},
     "adaptive, uniform, mean residual": {"uniform": True, "kind": "mean"},
     "adaptive, no residual": {"kind": "simple"},
-    "skeinformer": {"method": "skeinformer", "kind": "geometric", "num_pilots": 128},
     "skeinformer, second order": {"method": "skeinformer", "num_pilots": 128},
 }
-
-# Those in which every kernel occurs, with and without dropout, which has configurations of its own. The other branches
-# are compiled for heads of 64 alone.
-EVERY_KERNEL = ("adaptive", "adaptive, dropout", "adaptive, two pilots", "skeinformer")
 
 
 class Target(NamedTuple):
@@ -107,18 +104,19 @@ class _Driver:
 
 
 @contextmanager
-def compiling(target: str, only: Collection[str] = ()) -> Iterator[list]:
+def compiling(target: str, only: Collection[str] = (), done: Collection[str] = ()) -> Iterator[list]:
     """Within it a launch compiles the kernel for the target and appends what Triton made of it to the list.
 
     Args:
         target: A name of `TARGETS`.
         only: Kernels, as `file.name`; empty for all.
+        done: Kernels that are left out.
     """
     compiled, run = [], JITFunction.run
 
     def compile_only(self, *args, grid, warmup, **kwargs):
         name = f"{self.__module__.rpartition('.')[2]}.{self.__name__.removesuffix('_kernel')}"
-        if not only or name in only:
+        if name not in done and (not only or name in only):
             compiled.append((name, run(self, *args, grid=grid, warmup=True, **kwargs)))
 
     def zeros(make):  # nothing is computed, but launchers may use a result as an index
@@ -184,16 +182,19 @@ def describe(name: str, kernel: Any) -> dict[str, Any]:
 
 
 def compile_part(
-    dtype: str, head_dim: int, target: str, variants: Collection[str], only: Collection[str] = ()
+    dtype: str, head_dim: int, target: str, variants: Collection[str] | None, only: Collection[str] = ()
 ) -> list[dict]:
     """One row per kernel and specialisation.
+
+    Without `variants`, a kernel is compiled as the first variant that launches it does.
 
     Raises:
         triton.CompilationError: A kernel does not build (or another of Triton's errors).
     """
     rows, seen = [], set()
-    for variant in variants:
-        with compiling(target, only) as compiled:
+    for variant in variants or VARIANTS:
+        done = () if variants else {row["kernel"] for row in rows}
+        with compiling(target, only, done) as compiled:
             launch(DTYPES[dtype], head_dim, **VARIANTS[variant])
         for name, kernel in compiled:
             if kernel.hash in seen:
@@ -241,7 +242,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bfloat16", "float32"])
     parser.add_argument("--head-dim", nargs="+", type=int, help="default: what takes every configuration")
-    parser.add_argument("--variant", nargs="+", choices=VARIANTS, help="default: all for heads of 64, else most")
+    parser.add_argument("--variant", nargs="+", choices=VARIANTS, help="default: the first that launches a kernel")
     parser.add_argument("--kernel", nargs="+", default=(), help="only these, as file.name, such as columns.select")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--output", type=Path, default=RECORD)
@@ -259,11 +260,11 @@ def main(arguments: list[str] | None = None) -> int:
         for target in options.target
     }
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
-        coming = {}
-        for name, part in parts.items():
-            variants = options.variant or (VARIANTS if part[1] == 64 else EVERY_KERNEL)
-            if name not in record:
-                coming[name] = pool.submit(compile_part, *part, tuple(variants), options.kernel)
+        coming = {
+            name: pool.submit(compile_part, *part, options.variant, options.kernel)
+            for name, part in parts.items()
+            if name not in record
+        }
         for name in parts:
             print(f"{name}: {len(record.part(name, lambda name=name: coming[name].result()))} kernels", flush=True)
     found = problems(record.rows)

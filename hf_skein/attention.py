@@ -397,7 +397,7 @@ def _padding_mask(mask: Tensor | None, name: str, batch: int, n: int) -> Tensor 
 
 
 def _none_if_all(mask: Tensor | None) -> Tensor | None:
-    """`mask`, or None if nothing is padding; a graph that is being compiled must hold for either."""
-    if mask is None or torch.compiler.is_compiling():
+    """`mask`, or None if nothing is padding; a graph that is being compiled or captured must hold for either."""
+    if mask is None or torch.compiler.is_compiling() or (mask.is_cuda and torch.cuda.is_current_stream_capturing()):
         return mask
     return None if bool(mask.all()) else mask

@@ -102,6 +102,10 @@ class ResumableRecord:
     def rows(self) -> list[dict]:
         return [row for name in self._asked for row in self._parts[name]]
 
+    def __contains__(self, name: str) -> bool:
+        """Whether a part is on disk."""
+        return name in self._parts
+
     def part(self, name: str, make: Callable[[], list[dict]]) -> list[dict]:
         """The rows of a part: those on disk, or else those that `make` returns, which are then written."""
         if name not in self._parts:

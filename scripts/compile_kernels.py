@@ -2,9 +2,10 @@
 
 The launchers run as they would on a GPU, forward and backward, but each launch compiles its kernel and goes no further.
 So what is compiled is what is launched. For each kernel the record holds registers, the stack that spilled registers
-take, and shared memory, and whether it fits. It also writes the table of docs/kernels.md.
+take, and shared memory, and whether it fits. It also writes the table of docs/kernels.md. Interrupted, it goes on where
+it was.
 
-    python scripts/compile_kernels.py                      # everything, about an hour on two cores
+    python scripts/compile_kernels.py --jobs 2             # every kernel in every configuration
     python scripts/compile_kernels.py --target sm_90 --head-dim 64 --dtype bfloat16 --output sm_90.json
     python scripts/compile_kernels.py --table              # only the table, from the record
 """
@@ -19,7 +20,9 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Collection, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -30,7 +33,7 @@ os.environ["TRITON_INTERPRET"] = "0"
 import torch
 import triton
 from _document import markdown_table, rewrite
-from _record import provenance, write_json
+from _record import ResumableRecord, provenance
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
@@ -44,19 +47,22 @@ ROOT = Path(__file__).parents[1]
 RECORD = ROOT / "benchmarks" / "results" / "kernels_compiled.json"
 DOCUMENT = ROOT / "docs" / "kernels.md"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-HEAD_DIMS = (64, 128, 256)
+
+# By dtype, heads that together take every configuration of `tiles.CONFIGS`: numbers of float32 count twice.
+HEAD_DIMS = {"bfloat16": (64, 128, 256), "float16": (64, 128, 256), "float32": (256,)}
 
 # Bytes that ptxas spills by choice, far below the limit of registers, so that more programs run side by side.
 _CHOSEN_SPILL = 16
 
-# By option: what `skein_attention` is called with, so that every branch of every kernel is compiled.
+# By option: what `skein_attention` is called with, so that every branch of every kernel is compiled. The first three
+# hold every kernel, the first one all that the default settings launch.
 VARIANTS: dict[str, dict[str, Any]] = {
     "adaptive": {},
-    "adaptive, dropout": {"dropout": 0.1},
+    "skeinformer": {"method": "skeinformer", "kind": "geometric", "num_pilots": 128},
     "adaptive, two pilots": {"num_pilots": 2},
+    "adaptive, dropout": {"dropout": 0.1},
     "adaptive, uniform, mean residual": {"uniform": True, "kind": "mean"},
     "adaptive, no residual": {"kind": "simple"},
-    "skeinformer": {"method": "skeinformer", "kind": "geometric", "num_pilots": 128},
     "skeinformer, second order": {"method": "skeinformer", "num_pilots": 128},
 }
 
@@ -98,18 +104,19 @@ class _Driver:
 
 
 @contextmanager
-def compiling(target: str, only: Collection[str] = ()) -> Iterator[list]:
+def compiling(target: str, only: Collection[str] = (), done: Collection[str] = ()) -> Iterator[list]:
     """Within it a launch compiles the kernel for the target and appends what Triton made of it to the list.
 
     Args:
         target: A name of `TARGETS`.
         only: Kernels, as `file.name`; empty for all.
+        done: Kernels that are left out.
     """
     compiled, run = [], JITFunction.run
 
     def compile_only(self, *args, grid, warmup, **kwargs):
         name = f"{self.__module__.rpartition('.')[2]}.{self.__name__.removesuffix('_kernel')}"
-        if not only or name in only:
+        if name not in done and (not only or name in only):
             compiled.append((name, run(self, *args, grid=grid, warmup=True, **kwargs)))
 
     def zeros(make):  # nothing is computed, but launchers may use a result as an index
@@ -170,34 +177,33 @@ def describe(name: str, kernel: Any) -> dict[str, Any]:
         "kernel": name,
         "warps": kernel.metadata.num_warps,
         "stages": kernel.metadata.num_stages,
-        "constants": {k: v for k, v in constants.items() if v is not None},
+        "constants": ", ".join(f"{k}={v}" for k, v in constants.items() if v is not None),
     }
 
 
-def compile_all(
-    targets: list[str], dtypes: list[str], head_dims: list[int], variants: list[str], only: Collection[str] = ()
+def compile_part(
+    dtype: str, head_dim: int, target: str, variants: Collection[str] | None, only: Collection[str] = ()
 ) -> list[dict]:
-    """One row per kernel, specialisation and target.
+    """One row per kernel and specialisation.
+
+    Without `variants`, a kernel is compiled as the first variant that launches it does.
 
     Raises:
         triton.CompilationError: A kernel does not build (or another of Triton's errors).
     """
     rows, seen = [], set()
-    for target in targets:
-        for dtype in dtypes:
-            for head_dim in head_dims:
-                for variant in variants:
-                    with compiling(target, only) as compiled:
-                        launch(DTYPES[dtype], head_dim, **VARIANTS[variant])
-                    for name, kernel in compiled:
-                        if (target, kernel.hash) in seen:
-                            continue
-                        seen.add((target, kernel.hash))
-                        used = resources(kernel)
-                        fits = used["shared_bytes"] <= TARGETS[target].shared
-                        where = {"target": target, "dtype": dtype, "head_dim": head_dim, "variant": variant}
-                        rows.append({**where, **describe(name, kernel), **used, "fits": fits})
-                    print(f"{target} {dtype} {head_dim} {variant}: {len(rows)} kernels so far", flush=True)
+    for variant in variants or VARIANTS:
+        done = () if variants else {row["kernel"] for row in rows}
+        with compiling(target, only, done) as compiled:
+            launch(DTYPES[dtype], head_dim, **VARIANTS[variant])
+        for name, kernel in compiled:
+            if kernel.hash in seen:
+                continue
+            seen.add(kernel.hash)
+            used = resources(kernel)
+            fits = used["shared_bytes"] <= TARGETS[target].shared
+            where = {"target": target, "dtype": dtype, "head_dim": head_dim, "variant": variant}
+            rows.append({**where, **describe(name, kernel), **used, "fits": fits})
     return rows
 
 
@@ -235,18 +241,34 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bfloat16", "float32"])
-    parser.add_argument("--head-dim", nargs="+", type=int, default=list(HEAD_DIMS))
-    parser.add_argument("--variant", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--head-dim", nargs="+", type=int, help="default: what takes every configuration")
+    parser.add_argument("--variant", nargs="+", choices=VARIANTS, help="default: the first that launches a kernel")
     parser.add_argument("--kernel", nargs="+", default=(), help="only these, as file.name, such as columns.select")
+    parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--output", type=Path, default=RECORD)
     parser.add_argument("--table", action="store_true", help="write the table of docs/kernels.md from the record")
     options = parser.parse_args(arguments)
     if options.table:
         rewrite(DOCUMENT, "compiled", table(json.loads(options.output.read_text())["rows"]))
         return 0
-    rows = compile_all(options.target, options.dtype, options.head_dim, options.variant, options.kernel)
-    found = problems(rows)
-    write_json(options.output, {**provenance("triton"), "problems": found, "rows": rows})
+    header = {**provenance("triton"), "variants": options.variant, "kernels": options.kernel}
+    record = ResumableRecord(options.output, header)
+    parts = {
+        f"{dtype} {head_dim} {target}": (dtype, head_dim, target)
+        for dtype in options.dtype
+        for head_dim in options.head_dim or HEAD_DIMS[dtype]
+        for target in options.target
+    }
+    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
+        coming = {
+            name: pool.submit(compile_part, *part, options.variant, options.kernel)
+            for name, part in parts.items()
+            if name not in record
+        }
+        for name in parts:
+            print(f"{name}: {len(record.part(name, lambda name=name: coming[name].result()))} kernels", flush=True)
+    found = problems(record.rows)
+    record.finish(problems=found)
     print(*found, sep="\n")
     return 1 if found else 0
 

@@ -25,6 +25,7 @@ HEADS = {4096: 96, 16384: 48, 65536: 12}  # batch times heads, by length
 WIDTH = 2  # bytes of a number, bf16
 SAMPLE = {"routing": 512, "pilots": 1024, "strata": 8}  # rows that a stage looks at; strata: per stratum
 COMPONENTS = 8
+CHUNK = 1024  # keys of one program
 TILE = 16  # the narrowest tile of a product: so many components or pilots cost as much as fewer
 
 
@@ -60,14 +61,22 @@ def num_blocks(n: int, config: SkeinConfig) -> int:
     return 1 << min((math.ceil(n / config.block_size) - 1).bit_length(), config.max_blocks.bit_length() - 1)
 
 
+def _parts(n: int, numbers: int) -> float:
+    """Bytes of some float32 numbers per chunk of the keys, which are written, read and added."""
+    return math.ceil(n / CHUNK) * numbers * 4 * 2
+
+
 def _shared(n: int, p: int, strata: int) -> list[Stage]:
     rows = n * p * WIDTH
     sample = SAMPLE["strata"] * strata
     return [
         Stage("means of keys and values", 2 * rows, 0),
         Stage("strata", sample * p * WIDTH + rows + 4 * n, 2 * strata * p * (4 * 2 * sample + n)),
-        Stage("sums over strata", 2 * rows + 8 * n, 4 * n * strata * p),
-        Stage("products of keys and values", 4 * rows, 4 * n * p * p),
+        Stage(
+            "sums over strata, and products",
+            2 * rows + 4 * n + _parts(n, 2 * p * (strata + p)),
+            4 * n * p * (strata + p),
+        ),
     ]
 
 
@@ -92,7 +101,7 @@ def adaptive(n: int, p: int, config: SkeinConfig) -> list[Stage]:
     rows, levels, pilots = n * p * WIDTH, int(math.log2(blocks)), TILE * math.ceil(blocks / TILE)
     sample = SAMPLE["routing"] * p * WIDTH * math.ceil(p / 64)
     level = 3 * 8 * n + 4 * n + (4 + 4 * COMPONENTS) * n / 5
-    means, strata, sums, products = _shared(n, p, c)
+    means, strata, sums = _shared(n, p, c)
     return [
         means,
         Stage(
@@ -106,7 +115,6 @@ def adaptive(n: int, p: int, config: SkeinConfig) -> list[Stage]:
         Stage("columns, four passes", 4 * (rows + 8 * n), 4 * 2 * n * p * pilots),
         strata,
         sums,
-        products,
         *_attention(n, p, d + c, blocks, d, c),
         Stage("exact rows", 2 * rows, 4 * n * p * config.exact_rows, True),
     ]
@@ -118,11 +126,10 @@ def skeinformer(n: int, p: int, config: SkeinConfig) -> list[Stage]:
     rows = n * p * WIDTH
     return [
         Stage("means of keys and values", 2 * rows, 0),
-        Stage("pilots: sums of exponentials", rows, 2 * n * p * d),
+        Stage("exact rows of the pilots", 2 * rows + _parts(n, d * (p + 1)), 4 * n * p * d, True),
         Stage("pilots: probabilities", 2 * rows + 4 * n, 2 * n * p * d),
         Stage("columns, four passes", 4 * 8 * n, 0),
         *_attention(n, p, d + 1, 1, d, 0),
-        Stage("exact rows of the pilots", 2 * rows, 4 * n * p * d, True),
     ]
 
 

@@ -72,9 +72,12 @@ def reference_selection(query, key, value, query_mask, key_mask, config, scale):
         queries, keys = valid(layout.query_index, layout.query_length, i), valid(layout.key_index, layout.key_length, i)
         order[i, :, : len(queries)] = queries[s.blocks.index[:, s.blocks.filled]]
         columns[i, :, : s.columns.shape[1]] = keys[s.columns]
-        exact_rows[i, :, : s.exact_rows.shape[1]] = queries[s.exact_rows]
+        repeated = (s.exact_rows[:, None] == s.exact_rows[..., None]).tril(-1).any(-1)
+        exact_rows[i, :, : s.exact_rows.shape[1]] = queries[s.exact_rows].int().masked_fill(repeated, -1)
         stratum[i][:, keys] = s.stratum[:: heads // kv_heads].int()
-    return layout, mark_exact(Selection(order, columns, exact_rows, stratum)), selections
+    nothing = torch.empty(batch, heads, 0, value.shape[-1], device=DEVICE)
+    chosen = Selection(order, columns, exact_rows, stratum, nothing, nothing[..., 0])
+    return layout, mark_exact(chosen), selections
 
 
 def sequence(query, key, value, layout, i):
@@ -256,10 +259,11 @@ def test_dropout(exact, poisoned):
         assert error(result, wanted) < TOLERANCE[torch.float32]
 
 
-def test_dropout_leaves_the_residual_and_its_gradients():
+@pytest.mark.parametrize("method", ["adaptive", "skeinformer"])
+def test_dropout_leaves_the_residual_and_its_gradients(method):
     """At a rate that drops nothing, the path with dropout is the one without."""
     single = [x.requires_grad_() for x in inputs(65, batch=1)]
-    config = SkeinConfig(**SMALL)
+    config = SkeinConfig(**SMALL, method=method)
     layout, selection, _ = reference_selection(*(x.detach() for x in single), None, None, config, 0.2)
     probe = torch.randn(1, 2, 65, 24, device=DEVICE)
     results = []

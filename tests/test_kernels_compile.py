@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -49,9 +50,27 @@ def test_what_is_too_large_is_reported():
     assert "70000 bytes of shared memory, of 65536" in text and "80 bytes per thread spilled" in text
 
 
-def test_the_document_shows_the_model():
+def test_record_holds_every_kernel_for_every_target():
+    record = json.loads(RECORD.read_text())
+    rows = record["rows"]
+    assert record["problems"] == []
+    sources = (ROOT / "kernels" / "hf_skein_kernels").glob("*.py")
+    kernels = {
+        f"{path.stem}.{name}" for path in sources for name in re.findall(r"def (\w+)_kernel\(", path.read_text())
+    }
+    for target in ("sm_80", "sm_90", "sm_100", "gfx942"):
+        for head_dim in (64, 128):
+            chosen = {"target": target, "dtype": "bfloat16", "head_dim": head_dim, "fits": True}
+            assert {row["kernel"] for row in rows if chosen.items() <= row.items()} == kernels, chosen
+
+
+def test_documents_show_the_record_and_the_model(tmp_path):
     document = ROOT / "docs" / "kernels.md"
     text = document.read_text()
     assert replace_marked(text, "costs", kernel_costs.tables()) == text
+    code = "import json, sys, compile_kernels as c; print(c.table(json.load(open(sys.argv[1]))['rows']))"
+    command = [sys.executable, "-c", code, str(RECORD)]
+    table = subprocess.run(command, cwd=ROOT / "scripts", capture_output=True, text=True, check=True).stdout
+    assert replace_marked(text, "compiled", table.strip()) == text
     with pytest.raises(ValueError, match="0 places"):
         replace_marked("", "costs", "")

@@ -1,6 +1,8 @@
 """`backend="triton"` from end to end: selection and attention composed, dispatch, and what PyTorch asks."""
 
 import logging
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from transformers import AutoModel, BertConfig
 
 import hf_skein
 from hf_skein import SkeinConfig, attention, skein_attention
-from hf_skein.kernels import ops
+from hf_skein.kernels import ops, tiles
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -47,17 +49,26 @@ def test_adaptive_is_as_accurate_as_the_reference(poisoned):
     assert error(output, wanted) == pytest.approx(error(reference, wanted), rel=0.04)
 
 
-@pytest.mark.parametrize("residual", [None, "second_order"])
-def test_skeinformer_draws_what_the_reference_draws(residual, poisoned):
+@pytest.mark.parametrize(("residual", "is_reused"), [(None, True), ("second_order", False)])
+def test_skeinformer_draws_what_the_reference_draws(residual, is_reused, poisoned):
     query, key, value = inputs(90)
     mask = torch.rand(1, 90, device=DEVICE) < 0.9
-    settings = {"method": "skeinformer", "residual": residual, "seed": 3, "num_strata": 1}
+    settings = {"method": "skeinformer", "residual": residual, "pilot_reutilization": is_reused, "seed": 3}
+    settings["num_strata"] = 1
     output = skein_attention(query, key, value, mask, config=SkeinConfig(**{**SMALL, **settings}), layer=2)
     settings["backend"] = "reference"
     reference = skein_attention(
         *(x.double() for x in (query, key, value)), mask, config=SkeinConfig(**{**SMALL, **settings}), layer=2
     )
     assert error(output, reference) < 2e-6
+
+
+@pytest.mark.parametrize(("dropout", "passes"), [(0.0, 1), (0.1, 2)])
+def test_the_papers_pilots_are_attended_to_once(dropout, passes, monkeypatch):
+    calls, forward = [], ops.exact._forward
+    monkeypatch.setattr(ops.exact, "_forward", lambda *args: calls.append(0) or forward(*args))
+    skein_attention(*inputs(40), config=SkeinConfig(**SMALL, method="skeinformer"), dropout=dropout)
+    assert len(calls) == passes
 
 
 @pytest.mark.parametrize("method", ["adaptive", "skeinformer"])
@@ -150,6 +161,75 @@ def test_without_a_gpu_and_without_the_interpreter_it_says_so(monkeypatch):
         skein_attention(query, key, value, config=SkeinConfig(**SMALL))
     with pytest.raises(ValueError, match="needs a CUDA or ROCm device"):
         ops.skein_attention(query, key, value)
+
+
+def test_gpus_that_triton_does_not_know_are_left_to_pytorch(monkeypatch):
+    monkeypatch.setattr(ops, "INTERPRETED", tl.constexpr(False))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    gpu = type("", (), {"device": torch.device("cuda"), "dtype": torch.float16, "shape": (1, 1, 4, 64)})()
+    assert attention._backend(SkeinConfig(), gpu, gpu) == "torch"
+    with pytest.raises(ValueError, match=r"needs a GPU of compute capability \(8, 0\); cuda has \(7, 5\)"):
+        attention._backend(SkeinConfig(backend="triton"), gpu, gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    assert attention._backend(SkeinConfig(), gpu, gpu) == "triton"
+    is_old = torch.compile(
+        lambda x: x + (ops._capability(x.device) < ops.LEAST_CAPABILITY), fullgraph=True, backend="eager"
+    )
+    assert is_old(torch.zeros(1)) == 0
+
+
+def test_everything_is_launched_on_the_device_of_the_inputs(monkeypatch):
+    current, launches = [], []
+
+    @contextmanager
+    def device_of(x):
+        current.append(x)
+        yield
+        current.pop()
+
+    def wrapped(function):
+        def call(*args, **kwargs):
+            launches.append((function.__name__, bool(current)))
+            return function(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    places = (
+        (ops.selection, "adaptive"), (ops.moments, "means"), (ops, "residual"), (ops.attention, "forward"),
+        (ops.attention, "backward"), (ops.exact, "forward"), (ops.exact, "backward"),
+    )  # fmt: skip
+    for where, name in places:
+        monkeypatch.setattr(where, name, wrapped(getattr(where, name)))
+    query, key, value = (x.requires_grad_() for x in inputs(20, batch=1, heads=2))
+    skein_attention(query, key, value, config=SkeinConfig(**SMALL)).sum().backward()
+    assert {name for name, _ in launches} == {name for _, name in places}
+    assert all(is_guarded for _, is_guarded in launches), launches
+
+
+def test_a_graph_that_is_captured_does_not_wait_for_the_mask(monkeypatch):
+    mask = type("", (), {"is_cuda": True})()  # there is nothing to look into
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert attention._none_if_all(mask) is mask
+
+
+def test_float32_is_rounded_to_tf32_only_where_pytorch_allows_it(monkeypatch):
+    x = torch.zeros(1, device=DEVICE)
+    assert tiles.precision(x) == "ieee" and tiles.precision(x.half()) == "tf32"
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        torch.backends.cuda.matmul.fp32_precision = "tf32"  # after which PyTorch refuses to tell `allow_tf32`
+        assert tiles.precision(x) == "tf32"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    monkeypatch.setattr(tiles, "ON_ROCM", True)
+    assert tiles.precision(x.half()) == "ieee"  # Triton refuses TF32 on most of AMD's GPUs
+
+
+def test_no_kernel_waits_at_a_barrier():
+    """On AMD it would not wait for what other threads write to memory."""
+    for source in Path(tiles.__file__).parent.glob("*.py"):
+        assert "debug_barrier" not in source.read_text(), source.name
 
 
 def test_a_kernel_that_fails_raises(monkeypatch):
@@ -293,11 +373,11 @@ def test_runs_agree_bit_for_bit_and_memory_is_linear(gpu, method):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("method", ["adaptive", "skeinformer"])
-def test_a_cuda_graph_captures_it(gpu, method):
+@pytest.mark.parametrize(("method", "n"), [("adaptive", 2048), ("adaptive", 100), ("skeinformer", 2048)])
+def test_a_cuda_graph_captures_it(gpu, method, n):
     config = SkeinConfig(**LARGE, method=method)
-    static = inputs(2048, batch=2, heads=4, kv_heads=4, p=64, dtype=torch.bfloat16)
-    mask = torch.ones(2, 2048, dtype=torch.bool, device=DEVICE)
+    static = inputs(n, batch=2, heads=4, kv_heads=4, p=64, dtype=torch.bfloat16)
+    mask = torch.ones(2, n, dtype=torch.bool, device=DEVICE)
     with torch.no_grad():
         stream = torch.cuda.Stream()
         with torch.cuda.stream(stream):
@@ -308,9 +388,20 @@ def test_a_cuda_graph_captures_it(gpu, method):
             output = skein_attention(*static, mask, config=config)
         for x in static:
             x.normal_()
-        mask[1, 1500:] = False
+        mask[1, n // 2 :] = False
         graph.replay()
         assert torch.equal(output, skein_attention(*static, mask, config=config))
+
+
+@pytest.mark.gpu
+def test_another_device_than_the_current_one(gpu):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    query, key, value = (x.to("cuda:1").requires_grad_() for x in inputs(300, p=64))
+    output = skein_attention(query, key, value, config=SkeinConfig(**SMALL))
+    here = skein_attention(*(x.detach().to("cuda:0") for x in (query, key, value)), config=SkeinConfig(**SMALL))
+    assert torch.equal(output.to("cuda:0"), here)
+    assert all(x.isfinite().all() for x in torch.autograd.grad(output.sum(), (query, key, value)))
 
 
 @pytest.mark.gpu

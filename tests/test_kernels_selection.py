@@ -310,6 +310,18 @@ def test_pilots_without_reutilization_are_no_exact_rows():
     assert chosen.exact_rows.shape == (1, 2, 0)
 
 
+@pytest.mark.parametrize("biased", [False, True])
+def test_sums_of_exponentials_over_several_chunks(biased, poisoned):
+    case = Case((2100, 40), heads=1, p=16)
+    rows = torch.randn(2, 1, 5, 16, device=DEVICE)
+    bias = torch.randn(2, 1, 2100, device=DEVICE)
+    found = pilots.log_sum_exp(rows, case.key, bias if biased else None, 0.5, case.layout)
+    for b, length in enumerate(case.lengths):
+        logits = 0.5 * rows[b].double() @ case.key[b][:, case.valid[b]].double().mT
+        expected = (logits + bias[b, :, :length].double() * biased).logsumexp(-1)
+        torch.testing.assert_close(found[b].double(), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_block_means(poisoned):
     case = Case((257, 40), heads=1)
     order = case.layout.query_index[:, None].contiguous()

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .layout import Layout, Selection
 from .residual import Residual
-from .tiles import LOG2_E, config, dot, kept, load_centred, load_rows, padded, precision, store_rows
+from .tiles import LOG2_E, config, dot, kept, load_centred, load_rows, padded, precision, softmax_step, store_rows
 
 
 # --- kernels ---
@@ -49,7 +49,7 @@ def block_tile(i_tile, length, blocks, BM: tl.constexpr):
 @triton.jit
 def forward_kernel(
     p_query, p_key, p_value, p_out, p_lse, p_order, p_columns, p_key_mean, p_value_mean,
-    p_mean_key, p_mean_value, p_count, p_metric, p_cross, p_query_length, p_key_length, p_blocks, p_seed,
+    p_mean_key, p_mean_value, p_count, p_metric, p_cross, p_query_length, p_blocks, p_seed,
     query_stride_b, query_stride_h, query_stride_n, key_stride_b, key_stride_h, key_stride_n,
     value_stride_b, value_stride_h, value_stride_n, out_stride_b, out_stride_h, out_stride_n,
     n_q, n_k, H, GROUP, G, TILES, scale, rate,
@@ -73,6 +73,8 @@ def forward_kernel(
     # [BM, P]
     p_query += i_b * query_stride_b + i_h * query_stride_h
     b_query = load_rows(p_query, query_stride_n, o_row, m_row, o_p, m_p)
+    p_key += i_b * key_stride_b + (i_h // GROUP) * key_stride_h
+    p_value += i_b * value_stride_b + (i_h // GROUP) * value_stride_h
     scale_log2 = scale * LOG2_E
 
     b_max = tl.full([BM], -1e38, tl.float32)
@@ -85,12 +87,8 @@ def forward_kernel(
         b_value = load_rows(p_mean_value + i_block * C * pv, pv, o_c, o_c < C, o_v, m_v).to(b_query.dtype)
         b_bias = tl.log2(tl.load(p_count + i_block * C + o_c, mask=o_c < C, other=0.0))
         b_logit = dot(b_query, tl.trans(b_key), None, PRECISION) * scale_log2 + b_bias[None, :]
-        b_new_max = tl.maximum(b_max, tl.max(b_logit, 1))
-        b_weight, b_shrink = tl.exp2(b_logit - b_new_max[:, None]), tl.exp2(b_max - b_new_max)
-        b_mass = b_mass * b_shrink + tl.sum(b_weight, 1)
-        b_out = b_out * b_shrink[:, None]
-        b_out = dot(b_weight.to(b_query.dtype), b_value, b_out, PRECISION)
-        b_max = b_new_max
+        b_weight, b_shrink, b_max, b_mass = softmax_step(b_logit, b_max, b_mass)
+        b_out = dot(b_weight.to(b_query.dtype), b_value, b_out * b_shrink, PRECISION)
     if SECOND_ORDER:
         b_curvature = tl.zeros([BM], tl.float32)
         b_linear = tl.zeros([BM, PV], tl.float32)
@@ -110,26 +108,21 @@ def forward_kernel(
     for first in range(0, D, BN):
         o_d = first + tl.arange(0, BN)
         o_n = tl.load(p_columns + i_block * D + o_d, mask=o_d < D, other=0)
-        b_mean = tl.load(p_key_mean + i_kv * p + o_p, mask=m_p, other=0.0)
+        # Loaded here, the means do not take registers throughout.
+        b_key_mean = tl.load(p_key_mean + i_kv * p + o_p, mask=m_p, other=0.0)
+        b_value_mean = tl.load(p_value_mean + i_kv * pv + o_v, mask=m_v, other=0.0)
         # [BN, P], [BN, PV]
-        p_head = p_key + i_b * key_stride_b + (i_h // GROUP) * key_stride_h
-        b_key = load_centred(p_head, key_stride_n, o_n, o_d < D, o_p, m_p, b_mean)
-        b_mean = tl.load(p_value_mean + i_kv * pv + o_v, mask=m_v, other=0.0)
-        p_head = p_value + i_b * value_stride_b + (i_h // GROUP) * value_stride_h
-        b_value = load_centred(p_head, value_stride_n, o_n, o_d < D, o_v, m_v, b_mean)
+        b_key = load_centred(p_key, key_stride_n, o_n, o_d < D, o_p, m_p, b_key_mean)
+        b_value = load_centred(p_value, value_stride_n, o_n, o_d < D, o_v, m_v, b_value_mean)
         b_logit = dot(b_query, tl.trans(b_key), None, PRECISION) * scale_log2
         b_logit = tl.where((o_d < D)[None, :], b_logit, -float("inf"))
-        b_new_max = tl.maximum(b_max, tl.max(b_logit, 1))
-        b_weight, b_shrink = tl.exp2(b_logit - b_new_max[:, None]), tl.exp2(b_max - b_new_max)
-        b_mass = b_mass * b_shrink + tl.sum(b_weight, 1)
+        b_weight, b_shrink, b_max, b_mass = softmax_step(b_logit, b_max, b_mass)
         if DROPOUT:
             b_weight *= kept(p_seed, rate, (i_bh * n_q + o_row)[:, None], o_n[None, :], n_k)
-        b_out = b_out * b_shrink[:, None]
-        b_out = dot(b_weight.to(b_query.dtype), b_value, b_out, PRECISION)
-        b_max = b_new_max
+        b_out = dot(b_weight.to(b_query.dtype), b_value, b_out * b_shrink, PRECISION)
 
-    b_mean = tl.load(p_value_mean + i_kv * pv + o_v, mask=m_v, other=0.0)
-    b_out = b_out / b_mass[:, None] + b_mean[None, :]
+    b_value_mean = tl.load(p_value_mean + i_kv * pv + o_v, mask=m_v, other=0.0)
+    b_out = b_out / b_mass[:, None] + b_value_mean[None, :]
     store_rows(p_out + i_b * out_stride_b + i_h * out_stride_h, out_stride_n, o_row, m_row, o_v, m_v, b_out)
     tl.store(p_lse + i_bh * n_q + o_row, b_max + tl.log2(b_mass), mask=m_row)
 
@@ -137,7 +130,7 @@ def forward_kernel(
 @triton.jit
 def backward_query_kernel(
     p_query, p_key, p_value, p_out, p_grad, p_lse, p_order, p_columns, p_key_mean, p_value_mean,
-    p_mean_key, p_mean_value, p_count, p_metric, p_cross, p_query_length, p_key_length, p_blocks, p_seed,
+    p_mean_key, p_mean_value, p_count, p_metric, p_cross, p_query_length, p_blocks, p_seed,
     p_grad_query, p_rows,
     query_stride_b, query_stride_h, query_stride_n, key_stride_b, key_stride_h, key_stride_n,
     value_stride_b, value_stride_h, value_stride_n, out_stride_b, out_stride_h, out_stride_n,
@@ -168,6 +161,9 @@ def backward_query_kernel(
     b_grad = load_rows(p_grad, grad_stride_n, o_row, m_row, o_v, m_v)
     p_head = p_out + i_b * out_stride_b + i_h * out_stride_h
     b_out = load_rows(p_head, out_stride_n, o_row, m_row, o_v, m_v).to(tl.float32)
+    p_key += i_b * key_stride_b + (i_h // GROUP) * key_stride_h
+    p_value += i_b * value_stride_b + (i_h // GROUP) * value_stride_h
+    b_key_mean = tl.load(p_key_mean + i_kv * p + o_p, mask=m_p, other=0.0)
     b_value_mean = tl.load(p_value_mean + i_kv * pv + o_v, mask=m_v, other=0.0)
     b_mu = tl.sum((b_out - b_value_mean[None, :]) * b_grad.to(tl.float32), 1)
     b_lse = tl.load(p_lse + i_bh * n_q + o_row, mask=m_row, other=float("inf"))
@@ -212,12 +208,9 @@ def backward_query_kernel(
     for first in range(0, D, BN):
         o_d = first + tl.arange(0, BN)
         o_n = tl.load(p_columns + i_block * D + o_d, mask=o_d < D, other=0)
-        b_mean = tl.load(p_key_mean + i_kv * p + o_p, mask=m_p, other=0.0)
         # [BN, P], [BN, PV]
-        p_head = p_key + i_b * key_stride_b + (i_h // GROUP) * key_stride_h
-        b_key = load_centred(p_head, key_stride_n, o_n, o_d < D, o_p, m_p, b_mean)
-        p_head = p_value + i_b * value_stride_b + (i_h // GROUP) * value_stride_h
-        b_value = load_centred(p_head, value_stride_n, o_n, o_d < D, o_v, m_v, b_value_mean)
+        b_key = load_centred(p_key, key_stride_n, o_n, o_d < D, o_p, m_p, b_key_mean)
+        b_value = load_centred(p_value, value_stride_n, o_n, o_d < D, o_v, m_v, b_value_mean)
         b_logit = dot(b_query, tl.trans(b_key), None, PRECISION) * scale_log2
         b_weight = tl.where((o_d < D)[None, :], tl.exp2(b_logit - b_lse[:, None]), 0.0)
         b_of = dot(b_grad, tl.trans(b_value), None, PRECISION)
@@ -297,6 +290,10 @@ def backward_keys_kernel(
     o_i = tl.program_id(1) * BN + tl.arange(0, BN)
     n_i = C if STRATA else D
     m_i = o_i < n_i
+    p_query += i_b * query_stride_b + i_h * query_stride_h
+    p_grad += i_b * grad_stride_b + i_h * grad_stride_h
+    p_key += i_b * key_stride_b + (i_h // GROUP) * key_stride_h
+    p_value += i_b * value_stride_b + (i_h // GROUP) * value_stride_h
     b_grad_key, b_grad_value = tl.zeros([BN, P], tl.float32), tl.zeros([BN, PV], tl.float32)
     if i_g < blocks:
         scale_log2 = scale * LOG2_E
@@ -312,11 +309,9 @@ def backward_keys_kernel(
             o_n = tl.load(p_columns + i_block * D + o_i, mask=m_i, other=0)
             b_mean = tl.load(p_key_mean + i_kv * p + o_p, mask=m_p, other=0.0)
             # [BN, P], [BN, PV]
-            p_head = p_key + i_b * key_stride_b + (i_h // GROUP) * key_stride_h
-            b_key = load_centred(p_head, key_stride_n, o_n, m_i, o_p, m_p, b_mean)
+            b_key = load_centred(p_key, key_stride_n, o_n, m_i, o_p, m_p, b_mean)
             b_mean = tl.load(p_value_mean + i_kv * pv + o_v, mask=m_v, other=0.0)
-            p_head = p_value + i_b * value_stride_b + (i_h // GROUP) * value_stride_h
-            b_value = load_centred(p_head, value_stride_n, o_n, m_i, o_v, m_v, b_mean)
+            b_value = load_centred(p_value, value_stride_n, o_n, m_i, o_v, m_v, b_mean)
             b_key32, b_value32 = b_key.to(tl.float32), b_value.to(tl.float32)
         length = tl.load(p_query_length + i_b).to(tl.int64)
         end = (i_g + 1) * length // blocks
@@ -325,10 +320,8 @@ def backward_keys_kernel(
             o_row = tl.load(p_order + i_bh * n_q + o_rank, mask=o_rank < end, other=-1)
             m_row = o_row >= 0
             # [BM, P], [BM, PV]
-            p_head = p_query + i_b * query_stride_b + i_h * query_stride_h
-            b_query = load_rows(p_head, query_stride_n, o_row, m_row, o_p, m_p)
-            p_head = p_grad + i_b * grad_stride_b + i_h * grad_stride_h
-            b_grad = load_rows(p_head, grad_stride_n, o_row, m_row, o_v, m_v)
+            b_query = load_rows(p_query, query_stride_n, o_row, m_row, o_p, m_p)
+            b_grad = load_rows(p_grad, grad_stride_n, o_row, m_row, o_v, m_v)
             b_lse = tl.load(p_lse + i_bh * n_q + o_row, mask=m_row, other=float("inf"))
             p_row = p_rows + (i_bh * n_q + o_row) * 5
             b_mu = tl.load(p_row, mask=m_row, other=0.0)
@@ -369,10 +362,8 @@ def backward_keys_kernel(
         else:
             if SECOND_ORDER:
                 b_within_key, b_within_value = within_gradient(
-                    p_key + i_b * key_stride_b + (i_h // GROUP) * key_stride_h, key_stride_n,
-                    p_value + i_b * value_stride_b + (i_h // GROUP) * value_stride_h, value_stride_n,
-                    o_n, m_i, p_key_mean + i_kv * p, p_value_mean + i_kv * pv,
-                    p_grad_metric + i_block * p * p, p_grad_cross + i_block * p * pv,
+                    p_key, key_stride_n, p_value, value_stride_n, o_n, m_i, p_key_mean + i_kv * p,
+                    p_value_mean + i_kv * pv, p_grad_metric + i_block * p * p, p_grad_cross + i_block * p * pv,
                     p, pv, P, PV, BN, BT, True, PRECISION,
                 )  # fmt: skip
                 b_grad_key -= b_within_key
@@ -508,7 +499,7 @@ def forward(
     tiles = num_tiles(n_q, blocks, c.rows)
     forward_kernel[(batch * heads * tiles,)](
         query, key, value, out, lse, selection.order, selection.columns, key_mean, value_mean,
-        *rest, layout.query_length, layout.key_length, layout.blocks, seed,
+        *rest, layout.query_length, layout.blocks, seed,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],
         n_q, key.shape[2], heads, heads // key.shape[1], blocks, tiles, scale, dropout,
         p=p, pv=pv, P=padded(p), PV=padded(pv), C=rest.count.shape[-1], D=selection.columns.shape[-1],
@@ -555,7 +546,7 @@ def backward(
     tiles = num_tiles(n_q, blocks, c.rows)
     backward_query_kernel[(bh * tiles,)](
         query, key, value, out, grad, lse, selection.order, selection.columns, key_mean, value_mean,
-        *rest, layout.query_length, layout.key_length, layout.blocks, seed, grad_query, rows,
+        *rest, layout.query_length, layout.blocks, seed, grad_query, rows,
         *strides, *out.stride()[:3], *grad.stride()[:3], *grad_query.stride()[:3],
         n_q, n_k, heads, group, blocks, tiles, scale, dropout,
         D=d, BM=c.rows, BN=c.keys, **sizes, **options, num_warps=c.warps, num_stages=c.stages,

@@ -84,20 +84,7 @@ def bias_kernel(
         tl.store(p_out + i_bh * n + o_rank, b_bias, mask=m_rank)
 
 
-@triton.jit
-def load_lse(p_lse, o_row, m_row, PILOTS, length, PIECE: tl.constexpr):
-    """The logarithm of the sum over all chunks of `log_sum_exp`, `[N]`."""
-    b_largest = tl.full(o_row.shape, -1e38, tl.float32)
-    b_sum = tl.zeros(o_row.shape, tl.float32)
-    for i_chunk in range(0, tl.cdiv(length, PIECE)):
-        b_lse = tl.load(p_lse + i_chunk * PILOTS + o_row, mask=m_row, other=0.0)
-        b_new = tl.maximum(b_largest, b_lse)
-        b_sum = b_sum * tl.exp(b_largest - b_new) + tl.exp(b_lse - b_new)
-        b_largest = b_new
-    return b_largest + tl.log(b_sum)
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["key"])
 def draw_kernel(
     p_pilots, p_k, p_v, p_lse, p_index, p_length, p_blocks, p_out,
     k_stride_b, k_stride_h, k_stride_n, v_stride_b, v_stride_h, v_stride_n, n, HEADS, GROUP, PILOTS, CHUNKS,
@@ -126,7 +113,7 @@ def draw_kernel(
             b_largest, b_sum = tl.full([BN], -1e38, tl.float32), tl.zeros([BN], tl.float32)
             for start in range(0, PILOTS, BM):
                 o_m = start + tl.arange(0, BM)
-                b_lse = load_lse(p_lse + i_bh * CHUNKS * PILOTS, o_m, o_m < PILOTS, PILOTS, length, PIECE)
+                b_lse = tl.load(p_lse + i_bh * PILOTS + o_m, mask=o_m < PILOTS, other=0.0)
                 # [BM, P]
                 b_pilots = load_rows(p_pilots + i_bh * PILOTS * p, p, o_m, o_m < PILOTS, o_p, o_p < p)
                 b_square = 2.0 * (dot(b_k, tl.trans(b_pilots), None, PRECISION) * scale - b_lse[None, :])
@@ -141,9 +128,8 @@ def draw_kernel(
 
 @triton.jit
 def load_scores(
-    p_pilots, p_k, p_bias, p_spread, p_lse, o_rank, m_rank, o_n, o_g, m_g, stride_n, length, BLOCKS, scale,
-    p: tl.constexpr, P: tl.constexpr, PARTS: tl.constexpr, PIECE: tl.constexpr, BG: tl.constexpr,
-    PRECISION: tl.constexpr,
+    p_pilots, p_k, p_bias, p_spread, p_lse, o_rank, m_rank, o_n, o_g, m_g, stride_n, scale,
+    p: tl.constexpr, P: tl.constexpr, PARTS: tl.constexpr, BG: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Scores `[N, BG]` of keys in blocks. PARTS pilots per block; 0: the score is the bias."""
     # [N]
@@ -164,7 +150,7 @@ def load_scores(
             b_sum = tl.zeros([o_rank.shape[0], BG], tl.float32)
             for i in range(PARTS):
                 o_row = o_g * PARTS + i
-                b_lse = load_lse(p_lse, o_row, m_g, BLOCKS * PARTS, length, PIECE)
+                b_lse = tl.load(p_lse + o_row, mask=m_g, other=0.0)
                 # [BG, P]
                 b_pilots = load_rows(p_pilots, p, o_row, m_g, o_p, o_p < p)
                 b_logits = dot(b_k, tl.trans(b_pilots), None, PRECISION) * scale + b_spread[:, None]
@@ -188,8 +174,8 @@ def bin_from_above(b_histogram, b_rank):
 def select_kernel(
     p_pilots, p_k, p_bias, p_spread, p_lse, p_index, p_length, p_blocks, p_range, p_histogram, p_above, p_before,
     p_threshold, p_out,
-    stride_b, stride_h, stride_n, n, HEADS, GROUP, BLOCKS, CHUNKS, LSE_CHUNKS, rows, scale, stage,
-    d: tl.constexpr, p: tl.constexpr, P: tl.constexpr, PARTS: tl.constexpr, SHARED: tl.constexpr, PIECE: tl.constexpr,
+    stride_b, stride_h, stride_n, n, HEADS, GROUP, BLOCKS, CHUNKS, rows, scale, stage,
+    d: tl.constexpr, p: tl.constexpr, P: tl.constexpr, PARTS: tl.constexpr, SHARED: tl.constexpr,
     MOST_CHUNKS: tl.constexpr, BG: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Stage 0: the range of scores. 1: upper bytes. 2: lower bytes of those at the threshold. 3: write the columns.
@@ -212,7 +198,7 @@ def select_kernel(
     p_bias += i_bh * n
     p_spread += i_bh * n
     p_pilots += i_bh * BLOCKS * PARTS * p
-    p_lse += i_bh * LSE_CHUNKS * BLOCKS * PARTS
+    p_lse += i_bh * BLOCKS * PARTS
     p_out += (i_bh * BLOCKS + o_g) * d
     p_histogram += i_bh * (1 + CHUNKS) * BLOCKS * 256
     o_here = (i_bh * CHUNKS + i_chunk) * BLOCKS + o_g  # this chunk's own
@@ -244,8 +230,8 @@ def select_kernel(
         m_rank = o_rank < length
         o_n = tl.load(p_index + o_rank, mask=m_rank, other=0)
         b_score = load_scores(
-            p_pilots, p_k, p_bias, p_spread, p_lse, o_rank, m_rank, o_n, o_g, m_g, stride_n, length, BLOCKS, scale,
-            p, P, PARTS, PIECE, BG, PRECISION,
+            p_pilots, p_k, p_bias, p_spread, p_lse, o_rank, m_rank, o_n, o_g, m_g, stride_n, scale, p, P, PARTS,
+            BG, PRECISION,
         )  # fmt: skip
         m_score = m_rank[:, None] & m_g[None, :]
         m_finite = m_score & (tl.abs(b_score) < float("inf"))
@@ -317,7 +303,7 @@ def offsets_kernel(
 
 
 def draw_scores(
-    pilots: Tensor | None,
+    pilots: tuple[Tensor, Tensor] | None,
     key: Tensor,
     value: Tensor,
     num_heads: int,
@@ -329,8 +315,8 @@ def draw_scores(
     """Scores whose highest `d` are `d` columns drawn without replacement.
 
     Args:
-        pilots: `[B, H, r, p]` contiguous, in the dtype of `key`: the rows that eq. 5 of the paper looks at. None: all
-            columns are alike.
+        pilots: `[B, H, r, p]` contiguous, in the dtype of `key`: the rows that eq. 5 of the paper looks at; and
+            `[B, H, r]` float32, the logarithm of each one's mass. None: all columns are alike.
         key: `[B, HK, n_k, p]`, last stride 1.
         value: `[B, HK, n_k, pv]`, last stride 1.
         num_heads: `H`.
@@ -346,11 +332,11 @@ def draw_scores(
     pv, chunks = value.shape[-1], triton.cdiv(n, PIECE)
     out = torch.empty(batch, num_heads, n, dtype=torch.float32, device=key.device)
     conf = config("pilots", padded(p), padded(pv), like=key)
-    lse = out if pilots is None else log_sum_exp(pilots, key, None, scale, layout)
+    rows, lse = pilots or (out, out)  # not read if all are alike
     draw_kernel[(batch * num_heads * chunks,)](
-        out if pilots is None else pilots, key, value, lse, layout.key_index, layout.key_length, layout.blocks, out,
-        *key.stride()[:3], *value.stride()[:3], n, num_heads, num_heads // kv_heads,
-        0 if pilots is None else pilots.shape[2], chunks, scale, random_key, exact_rows,
+        rows, key, value, lse, layout.key_index, layout.key_length, layout.blocks, out,
+        *key.stride()[:3], *value.stride()[:3], n, num_heads, num_heads // kv_heads, rows.shape[2], chunks, scale,
+        random_key, exact_rows,
         p=p, pv=pv, P=padded(p), PV=padded(pv), PIECE=PIECE, BM=conf.rows, BN=conf.keys, UNIFORM=pilots is None,
         PRECISION=precision(key), num_warps=conf.warps, num_stages=conf.stages,
     )  # fmt: skip
@@ -437,9 +423,9 @@ def top_columns(
         select_kernel[(batch * heads * chunks, triton.cdiv(blocks, tile))](
             bias if pilots is None else pilots, key, bias, spread, lse,
             layout.key_index, layout.key_length, layout.blocks, score_range, histogram, above, before, threshold, out,
-            *key.stride()[:3], n, heads, heads // key.shape[1], blocks, chunks, triton.cdiv(n, PIECE), rows, scale,
+            *key.stride()[:3], n, heads, heads // key.shape[1], blocks, chunks, rows, scale,
             stage,
-            d=count, p=p, P=padded(p), PARTS=parts, SHARED=pilots is None, PIECE=PIECE, MOST_CHUNKS=_MOST_CHUNKS,
+            d=count, p=p, P=padded(p), PARTS=parts, SHARED=pilots is None, MOST_CHUNKS=_MOST_CHUNKS,
             BG=tile, BN=conf.keys, PRECISION=precision(key), num_warps=conf.warps, num_stages=conf.stages,
         )  # fmt: skip
     return out

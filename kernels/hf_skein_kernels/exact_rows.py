@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .layout import Layout
-from .tiles import LOG2_E, config, dot, kept, load_rows, padded, precision, store_rows
+from .layout import Layout, Selection
+from .tiles import LOG2_E, config, dot, kept, load_rows, padded, precision, softmax_step, store_rows
 
 
 CHUNK = 1024  # keys
@@ -59,8 +59,10 @@ def forward_kernel(
     o_p, o_v = tl.arange(0, P), tl.arange(0, PV)
     m_p, m_v = o_p < p, o_v < pv
     # [BM, P]
-    p_head = p_query + i_b * query_stride_b + i_h * query_stride_h
-    b_query = load_rows(p_head, query_stride_n, o_row, m_row, o_p, m_p)
+    p_query += i_b * query_stride_b + i_h * query_stride_h
+    p_key += i_b * key_stride_b + (i_h // GROUP) * key_stride_h
+    p_value += i_b * value_stride_b + (i_h // GROUP) * value_stride_h
+    b_query = load_rows(p_query, query_stride_n, o_row, m_row, o_p, m_p)
     b_max = tl.full([BM], -1e38, tl.float32)
     b_mass = tl.zeros([BM], tl.float32)
     b_out = tl.zeros([BM, PV], tl.float32)
@@ -70,20 +72,14 @@ def forward_kernel(
         m_rank = o_rank < end
         o_n = tl.load(p_key_index + i_b * n_k + o_rank, mask=m_rank, other=0)
         # [BN, P], [BN, PV]
-        p_head = p_key + i_b * key_stride_b + (i_h // GROUP) * key_stride_h
-        b_key = load_rows(p_head, key_stride_n, o_n, m_rank, o_p, m_p)
-        p_head = p_value + i_b * value_stride_b + (i_h // GROUP) * value_stride_h
-        b_value = load_rows(p_head, value_stride_n, o_n, m_rank, o_v, m_v)
+        b_key = load_rows(p_key, key_stride_n, o_n, m_rank, o_p, m_p)
+        b_value = load_rows(p_value, value_stride_n, o_n, m_rank, o_v, m_v)
         b_logit = dot(b_query, tl.trans(b_key), None, PRECISION) * (scale * LOG2_E)
         b_logit = tl.where(m_rank[None, :], b_logit, -float("inf"))
-        b_new_max = tl.maximum(b_max, tl.max(b_logit, 1))
-        b_weight, b_shrink = tl.exp2(b_logit - b_new_max[:, None]), tl.exp2(b_max - b_new_max)
-        b_mass = b_mass * b_shrink + tl.sum(b_weight, 1)
+        b_weight, b_shrink, b_max, b_mass = softmax_step(b_logit, b_max, b_mass)
         if DROPOUT:
             b_weight *= kept(p_seed, rate, (i_bh * n_q + o_row)[:, None], o_n[None, :], n_k)
-        b_out = b_out * b_shrink[:, None]
-        b_out = dot(b_weight.to(b_query.dtype), b_value, b_out, PRECISION)
-        b_max = b_new_max
+        b_out = dot(b_weight.to(b_query.dtype), b_value, b_out * b_shrink, PRECISION)
     b_out = tl.where(b_mass[:, None] > 0, b_out / b_mass[:, None], 0.0)
     b_lse = b_max + tl.log2(b_mass)
     if LISTED:
@@ -152,8 +148,10 @@ def backward_query_kernel(
     o_p, o_v = tl.arange(0, P), tl.arange(0, PV)
     m_p, m_v = o_p < p, o_v < pv
     # [BM, P], [BM, PV]
-    p_head = p_query + i_b * query_stride_b + i_h * query_stride_h
-    b_query = load_rows(p_head, query_stride_n, o_row, m_row, o_p, m_p)
+    p_query += i_b * query_stride_b + i_h * query_stride_h
+    p_key += i_b * key_stride_b + (i_h // GROUP) * key_stride_h
+    p_value += i_b * value_stride_b + (i_h // GROUP) * value_stride_h
+    b_query = load_rows(p_query, query_stride_n, o_row, m_row, o_p, m_p)
     p_head = p_grad + i_b * grad_stride_b + i_h * grad_stride_h
     b_grad = load_rows(p_head, grad_stride_n, o_row, m_row, o_v, m_v)
     p_head = p_out + i_b * out_stride_b + i_h * out_stride_h
@@ -168,10 +166,8 @@ def backward_query_kernel(
         m_rank = o_rank < end
         o_n = tl.load(p_key_index + i_b * n_k + o_rank, mask=m_rank, other=0)
         # [BN, P], [BN, PV]
-        p_head = p_key + i_b * key_stride_b + (i_h // GROUP) * key_stride_h
-        b_key = load_rows(p_head, key_stride_n, o_n, m_rank, o_p, m_p)
-        p_head = p_value + i_b * value_stride_b + (i_h // GROUP) * value_stride_h
-        b_value = load_rows(p_head, value_stride_n, o_n, m_rank, o_v, m_v)
+        b_key = load_rows(p_key, key_stride_n, o_n, m_rank, o_p, m_p)
+        b_value = load_rows(p_value, value_stride_n, o_n, m_rank, o_v, m_v)
         b_logit = dot(b_query, tl.trans(b_key), None, PRECISION) * (scale * LOG2_E)
         b_weight = tl.where(m_rank[None, :], tl.exp2(b_logit - b_lse[:, None]), 0.0)
         b_of = dot(b_grad, tl.trans(b_value), None, PRECISION)
@@ -251,11 +247,24 @@ def backward_keys_kernel(
 # --- launchers ---
 
 
+def listed_rows(
+    query: Tensor, key: Tensor, value: Tensor, positions: Tensor, layout: Layout, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Exact attention of the rows at `positions [B, H, R]` int32: `[B, H, R, pv]` and `[B, H, R]`, the logarithm to
+    base 2 of their mass; both float32, zeros for sequences that are not sketched. Otherwise as `forward`.
+    """
+    part, part_lse = _forward(query, key, value, positions, layout, scale, 0.0, layout.blocks, None)
+    out, lse = torch.zeros_like(part[:, :, 0]), torch.zeros_like(part_lse[:, :, 0])
+    every = torch.arange(positions.shape[-1], dtype=torch.int32, device=query.device).expand_as(positions)
+    _combine(part, part_lse, every.contiguous(), layout, out, lse)
+    return out, lse
+
+
 def forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    exact_rows: Tensor,
+    selection: Selection,
     layout: Layout,
     ragged: bool,
     scale: float,
@@ -266,11 +275,13 @@ def forward(
 ) -> None:
     """Write exact rows to `out [B, H, n_q, pv]` and `lse [B, H, n_q]` (to base 2).
 
+    Rows that came with the selection are not computed again, unless weights are dropped.
+
     Args:
         query: `[B, H, n_q, p]`, last stride 1; likewise keys and values.
         key: `[B, HK, n_k, p]`.
         value: `[B, HK, n_k, pv]`.
-        exact_rows: `[B, H, R]` int32, rows of sequences that are sketched; -1 is none.
+        selection: Its exact rows `[B, H, R]` are those of sequences that are sketched.
         layout: Of the batch.
         ragged: Whether there may be sequences that are not sketched.
         scale: Multiplies the logits.
@@ -279,20 +290,15 @@ def forward(
         out: Written to.
         lse: Written to.
     """
-    for listed, rows, chunk in _launches(exact_rows, query, key, ragged):
-        chunks, common, options = _arguments(query, key, value, layout, exact_rows, listed, rows, chunk, dropout)
-        part = part_lse = None
-        if listed:
-            part = query.new_empty(*exact_rows.shape[:2], chunks, rows, value.shape[-1], dtype=torch.float32)
-            part_lse = part.new_empty(part.shape[:-1])
-        forward_kernel[(query.shape[0] * query.shape[1] * common[5] * chunks,)](
-            query, key, value, part if listed else out, part_lse if listed else lse, exact_rows,
-            layout.query_index, layout.query_length, layout.key_index, layout.key_length, layout.blocks, seed,
-            *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],
-            *common, scale, dropout, **options,
-        )  # fmt: skip
-        if listed:
-            _combine(part, part_lse, exact_rows, layout, out, lse)
+    exact_rows = selection.exact_rows
+    if exact_rows.shape[-1]:
+        if selection.exact_lse.shape[-1] and not dropout:
+            part, part_lse = selection.exact_output[:, :, None], selection.exact_lse[:, :, None]
+        else:
+            part, part_lse = _forward(query, key, value, exact_rows, layout, scale, dropout, seed, None)
+        _combine(part, part_lse, exact_rows, layout, out, lse)
+    if ragged:
+        _forward(query, key, value, exact_rows, layout, scale, dropout, seed, (out, lse))
 
 
 def backward(
@@ -344,6 +350,25 @@ def backward(
         PRECISION=precision(query), num_warps=c.warps, num_stages=c.stages,
     )  # fmt: skip
     return grads
+
+
+def _forward(
+    query, key, value, exact_rows, layout: Layout, scale: float, dropout: float, seed, results: tuple | None
+) -> tuple[Tensor, Tensor]:
+    """All rows of what is not sketched, to `results`; or, if that is None, listed rows over chunks of keys."""
+    listed = results is None
+    rows, chunk = (exact_rows.shape[-1], CHUNK) if listed else (query.shape[2], key.shape[2])
+    chunks, common, options = _arguments(query, key, value, layout, exact_rows, listed, rows, chunk, dropout)
+    if listed:
+        part = query.new_empty(*exact_rows.shape[:2], chunks, rows, value.shape[-1], dtype=torch.float32)
+        results = part, part.new_empty(part.shape[:-1])
+    forward_kernel[(query.shape[0] * query.shape[1] * common[5] * chunks,)](
+        query, key, value, *results, exact_rows,
+        layout.query_index, layout.query_length, layout.key_index, layout.key_length, layout.blocks, seed,
+        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *results[0].stride()[:3],
+        *common, scale, dropout, **options,
+    )  # fmt: skip
+    return results
 
 
 def _launches(exact_rows: Tensor, query: Tensor, key: Tensor, ragged: bool) -> list[tuple[bool, int, int]]:

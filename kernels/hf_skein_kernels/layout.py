@@ -39,28 +39,29 @@ class Selection(NamedTuple):
     Attributes:
         order: `[B, H, n_q]`, query positions block by block, valid ones first; `-1 - position` for an exact row.
         columns: `[B, H, blocks, d]`, key positions.
-        exact_rows: `[B, H, r]`, query positions computed over all keys; -1 where there is none. Distinct.
+        exact_rows: `[B, H, r]`, query positions computed over all keys; -1 where there is none, and in place of what
+            has come before.
         stratum: `[B, HK, n_k]`, the stratum of the key at each position.
+        exact_output: `[B, H, r, pv]` float32, the exact rows where choosing the columns gave them; else `r` is 0.
+        exact_lse: `[B, H, r]` float32, the logarithm to base 2 of their mass, likewise.
     """
 
     order: Tensor
     columns: Tensor
     exact_rows: Tensor
     stratum: Tensor
+    exact_output: Tensor
+    exact_lse: Tensor
 
 
 def mark_exact(selection: Selection) -> Selection:
-    """`selection` with repeated exact rows turned into -1, and exact rows marked in `order`."""
-    rows = selection.exact_rows.sort(-1).values
-    repeated = torch.zeros_like(rows, dtype=torch.bool)
-    repeated[..., 1:] = rows[..., 1:] == rows[..., :-1]
-    rows = rows.masked_fill(repeated, -1)
-    order, n = selection.order.long(), selection.order.shape[-1]
+    """`selection` with exact rows marked in `order`."""
+    rows, order, n = selection.exact_rows, selection.order.long(), selection.order.shape[-1]
     is_exact = torch.zeros(*order.shape[:2], n + 1, dtype=torch.bool, device=order.device)
     # Whatever stands where nothing is defined must not lead astray.
     is_exact.scatter_(2, torch.where((rows < 0) | (rows > n), n, rows).long(), True)
     order = torch.where(is_exact.gather(2, order.clamp(0, n)), -1 - order, order)
-    return selection._replace(order=order.int(), exact_rows=rows)
+    return selection._replace(order=order.int())
 
 
 def num_blocks(num_queries: int, block_size: int, max_blocks: int) -> int:

@@ -1,19 +1,39 @@
-"""Sums over all valid keys of a sequence: means, totals per stratum, products of keys with keys and with values.
+"""Sums over all valid keys of a sequence: means; totals per stratum, and products of keys with keys and with values.
 
 All are made chunk by chunk and added in one order: no float atomics, the same bits in every run.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tiles import config, dot, load_centred, load_rows, padded, precision
+from .tiles import config, dot, load_centred, load_rows, padded, precision, store_rows
 
 
 CHUNK = 1024  # keys
+
+
+class Totals(NamedTuple):
+    """Sums over all valid keys and values, less their means; float32.
+
+    Attributes:
+        key: `[B, HK, C, p]`, of the keys of each stratum.
+        value: `[B, HK, C, pv]`, of their values.
+        size: `[B, HK, C]`, how many there are.
+        metric: `[B, HK, p, p]`, of `k kᵀ`.
+        cross: `[B, HK, p, pv]`, of `k vᵀ`.
+    """
+
+    key: Tensor
+    value: Tensor
+    size: Tensor
+    metric: Tensor
+    cross: Tensor
 
 
 # --- kernels ---
@@ -40,47 +60,48 @@ def sum_kernel(
 
 
 @triton.jit
-def product_kernel(
-    p_left, p_right, p_left_mean, p_right_mean, p_stratum, p_index, p_length, p_out, p_count,
-    left_stride_b, left_stride_h, left_stride_n, right_stride_b, right_stride_h, right_stride_n, n, HEADS, CHUNKS,
-    p: tl.constexpr, pr: tl.constexpr, BP: tl.constexpr, BR: tl.constexpr, CHUNK: tl.constexpr, BN: tl.constexpr,
-    STRATA: tl.constexpr, PRECISION: tl.constexpr,
+def totals_kernel(
+    p_key, p_value, p_key_mean, p_value_mean, p_stratum, p_index, p_length,
+    p_key_sum, p_value_sum, p_size, p_metric, p_cross,
+    key_stride_b, key_stride_h, key_stride_n, value_stride_b, value_stride_h, value_stride_n, n, HEADS, CHUNKS,
+    p: tl.constexpr, pv: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr, BV: tl.constexpr,
+    CHUNK: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Of a chunk: `Σ left_j right_jᵀ`, or, with STRATA, the sum of `right` over each of `p` strata, and their sizes."""
+    """A tile of the `Totals` of a chunk: some strata and some rows of the products, and some columns of both."""
     i_chunk, i_bh = tl.program_id(0) % CHUNKS, (tl.program_id(0) // CHUNKS).to(tl.int64)
-    i_b, i_h = i_bh // HEADS, i_bh % HEADS
+    i_b, i_h, i_part = i_bh // HEADS, i_bh % HEADS, i_bh * CHUNKS + i_chunk
     length = tl.load(p_length + i_b)
-    o_p, o_r = tl.program_id(1) * BP + tl.arange(0, BP), tl.program_id(2) * BR + tl.arange(0, BR)
-    b_right_mean = tl.load(p_right_mean + i_bh * pr + o_r, mask=o_r < pr, other=0.0)
-    if not STRATA:
-        b_left_mean = tl.load(p_left_mean + i_bh * p + o_p, mask=o_p < p, other=0.0)
-    b_sum, b_count = tl.zeros([BP, BR], tl.float32), tl.zeros([BP], tl.float32)
+    p_key += i_b * key_stride_b + i_h * key_stride_h
+    p_value += i_b * value_stride_b + i_h * value_stride_h
+    o_c, o_row = tl.program_id(1) * BC + tl.arange(0, BC), tl.program_id(1) * BP + tl.arange(0, BP)
+    o_p, o_v = tl.program_id(2) * BP + tl.arange(0, BP), tl.program_id(2) * BV + tl.arange(0, BV)
+    m_c, m_row, m_p, m_v = o_c < C, o_row < p, o_p < p, o_v < pv
+    b_row_mean = tl.load(p_key_mean + i_bh * p + o_row, mask=m_row, other=0.0)
+    b_key_mean = tl.load(p_key_mean + i_bh * p + o_p, mask=m_p, other=0.0)
+    b_value_mean = tl.load(p_value_mean + i_bh * pv + o_v, mask=m_v, other=0.0)
+    b_key_sum, b_value_sum = tl.zeros([BC, BP], tl.float32), tl.zeros([BC, BV], tl.float32)
+    b_metric, b_cross = tl.zeros([BP, BP], tl.float32), tl.zeros([BP, BV], tl.float32)
+    b_size = tl.zeros([BC], tl.float32)
     for first in range(i_chunk * CHUNK, tl.minimum(i_chunk * CHUNK + CHUNK, length), BN):
         o_rank = first + tl.arange(0, BN)
         m_rank = o_rank < length
         o_n = tl.load(p_index + i_b * n + o_rank, mask=m_rank, other=0)
-        # [BN, BR]
-        b_right = load_centred(
-            p_right + i_b * right_stride_b + i_h * right_stride_h, right_stride_n, o_n, m_rank, o_r, o_r < pr,
-            b_right_mean,
-        )  # fmt: skip
-        if STRATA:
-            b_stratum = tl.load(p_stratum + i_bh * n + o_n, mask=m_rank, other=-1)
-            b_left = (b_stratum[None, :] == o_p[:, None]).to(tl.float32).to(b_right.dtype)  # [BP, BN]
-            b_count += tl.sum(b_left.to(tl.float32), 1)
-        else:
-            # [BP, BN]
-            b_left = tl.trans(
-                load_centred(
-                    p_left + i_b * left_stride_b + i_h * left_stride_h, left_stride_n, o_n, m_rank, o_p, o_p < p,
-                    b_left_mean,
-                )
-            )  # fmt: skip
-        b_sum = dot(b_left, b_right, b_sum, PRECISION)
-    p_tile = p_out + ((i_bh * CHUNKS + i_chunk) * p + o_p[:, None]) * pr + o_r[None, :]
-    tl.store(p_tile, b_sum, mask=(o_p < p)[:, None] & (o_r < pr)[None, :])
-    if STRATA:  # programs of other columns write the same
-        tl.store(p_count + (i_bh * CHUNKS + i_chunk) * p + o_p, b_count, mask=o_p < p)
+        # [BN, BP], [BN, BP], [BN, BV]
+        b_row = load_centred(p_key, key_stride_n, o_n, m_rank, o_row, m_row, b_row_mean)
+        b_key = load_centred(p_key, key_stride_n, o_n, m_rank, o_p, m_p, b_key_mean)
+        b_value = load_centred(p_value, value_stride_n, o_n, m_rank, o_v, m_v, b_value_mean)
+        b_metric = dot(tl.trans(b_row), b_key, b_metric, PRECISION)
+        b_cross = dot(tl.trans(b_row), b_value, b_cross, PRECISION)
+        b_stratum = tl.load(p_stratum + i_bh * n + o_n, mask=m_rank, other=-1)
+        b_member = (b_stratum[None, :] == o_c[:, None]).to(tl.float32)  # [BC, BN]
+        b_size += tl.sum(b_member, 1)
+        b_key_sum = dot(b_member.to(b_key.dtype), b_key, b_key_sum, PRECISION)
+        b_value_sum = dot(b_member.to(b_key.dtype), b_value, b_value_sum, PRECISION)
+    store_rows(p_key_sum + i_part * C * p, p, o_c, m_c, o_p, m_p, b_key_sum)
+    store_rows(p_value_sum + i_part * C * pv, pv, o_c, m_c, o_v, m_v, b_value_sum)
+    store_rows(p_metric + i_part * p * p, p, o_row, m_row, o_p, m_p, b_metric)
+    store_rows(p_cross + i_part * p * pv, pv, o_row, m_row, o_v, m_v, b_cross)
+    tl.store(p_size + i_part * C + o_c, b_size, mask=m_c)  # programs of other columns write the same
 
 
 # --- launchers ---
@@ -108,45 +129,39 @@ def means(x: Tensor, index: Tensor, length: Tensor) -> Tensor:
     return out.sum(2) / length.clamp_min(1)[:, None, None]
 
 
-def products(
-    left: Tensor, right: Tensor, left_mean: Tensor, right_mean: Tensor, index: Tensor, length: Tensor
-) -> Tensor:
-    """`Σ_j left_j right_jᵀ` over the valid rows, both less their means: `[B, HK, p, pr]` float32."""
-    return _products(left, right, left_mean, right_mean, None, index, length, left.shape[-1])[0]
-
-
-def stratum_sums(
-    x: Tensor, mean: Tensor, stratum: Tensor, num_strata: int, index: Tensor, length: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Sums over each stratum of the valid rows less their mean, and its size.
+def totals(
+    key: Tensor,
+    value: Tensor,
+    key_mean: Tensor,
+    value_mean: Tensor,
+    stratum: Tensor,
+    num_strata: int,
+    index: Tensor,
+    length: Tensor,
+) -> Totals:
+    """Sums over all valid keys and values, less some means, in one pass.
 
     Args:
-        x: `[B, HK, n, p]`, last stride 1.
-        mean: `[B, HK, p]` float32.
+        key: `[B, HK, n, p]`, last stride 1.
+        value: `[B, HK, n, pv]`, last stride 1.
+        key_mean: `[B, HK, p]` float32.
+        value_mean: `[B, HK, pv]` float32.
         stratum: `[B, HK, n]` int32.
         num_strata: Number of strata.
         index: `[B, n]` int32, valid positions first.
         length: `[B]` int32.
-
-    Returns:
-        `[B, HK, num_strata, p]` and `[B, HK, num_strata]`, both float32.
     """
-    return _products(x, x, mean, mean, stratum, index, length, num_strata)
-
-
-def _products(left, right, left_mean, right_mean, stratum, index, length, rows: int) -> tuple[Tensor, Tensor]:
-    batch, heads, n, pr = right.shape
-    chunks = triton.cdiv(n, CHUNK)
-    out = torch.empty(batch, heads, chunks, rows, pr, dtype=torch.float32, device=right.device)
-    count = torch.empty(
-        batch, heads, chunks, rows if stratum is not None else 0, dtype=torch.float32, device=out.device
-    )
-    c = config("moments", padded(pr), like=right)
-    tile = min(64, padded(rows)), min(64, padded(pr))
-    product_kernel[(batch * heads * chunks, triton.cdiv(rows, tile[0]), triton.cdiv(pr, tile[1]))](
-        left, right, left_mean, right_mean, index if stratum is None else stratum, index, length, out, count,
-        *left.stride()[:3], *right.stride()[:3], n, heads, chunks,
-        p=rows, pr=pr, BP=tile[0], BR=tile[1], CHUNK=CHUNK, BN=c.keys, STRATA=stratum is not None,
-        PRECISION=precision(right), num_warps=c.warps, num_stages=c.stages,
+    batch, heads, n, p = key.shape
+    pv, chunks = value.shape[-1], triton.cdiv(n, CHUNK)
+    shapes = (num_strata, p), (num_strata, pv), (num_strata,), (p, p), (p, pv)
+    parts = Totals(*(key.new_empty(batch, heads, chunks, *shape, dtype=torch.float32) for shape in shapes))
+    c = config("totals", padded(p), padded(pv), like=key)
+    tiles = tuple(min(c.rows, padded(x)) for x in (num_strata, p, pv))
+    rows, columns = (max(triton.cdiv(x, c.rows) for x in some) for some in ((num_strata, p), (p, pv)))
+    totals_kernel[(batch * heads * chunks, rows, columns)](
+        key, value, key_mean, value_mean, stratum, index, length, *parts,
+        *key.stride()[:3], *value.stride()[:3], n, heads, chunks,
+        p=p, pv=pv, C=num_strata, BC=tiles[0], BP=tiles[1], BV=tiles[2], CHUNK=CHUNK, BN=c.keys,
+        PRECISION=precision(key), num_warps=c.warps, num_stages=c.stages,
     )  # fmt: skip
-    return out.sum(2), count.sum(2)
+    return Totals(*(x.sum(2) for x in parts))

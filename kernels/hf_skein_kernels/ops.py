@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -20,6 +23,7 @@ _NUM_SELECTION = len(Selection._fields)
 KINDS = ("second_order", "mean", "geometric", "simple")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_DIM = 256
+LEAST_CAPABILITY = (8, 0)  # Triton's on CUDA; every GPU of ROCm has a higher one
 
 # --- operators ---
 
@@ -50,7 +54,7 @@ def select(
     `columns` have room for `most_blocks` blocks, rounded down to a power of two, so that shapes do not follow from how
     many blocks a length makes.
     """
-    with torch.autocast(query.device.type, enabled=False):
+    with _beside(query):
         layout = ragged(query_mask, key_mask, query, key, block_size, most_blocks, exact_length)
         means = [moments.means(x, layout.key_index, layout.key_length) for x in (key, value)]
         if method == "adaptive":
@@ -74,18 +78,26 @@ def select(
 @select.register_fake
 def _(
     query, key, value, query_mask, key_mask, method, most_blocks, block_size, exact_length, num_columns, num_strata,
-    num_pilots, exact_rows, pilot_reutilization, *others,
+    num_pilots, exact_rows, pilot_reutilization, uniform, *others,
 ):  # fmt: skip
     batch, heads, n_q, p = query.shape
     kv_heads, n_k, pv = value.shape[1:]
     if method == "adaptive":
-        exact_rows = min(exact_rows, n_q)
+        exact_rows, reused = min(exact_rows, n_q), 0
     else:
         exact_rows = num_pilots if pilot_reutilization else 0
-    means = [query.new_empty(batch, kv_heads, x, dtype=torch.float32) for x in (p, pv)]
-    selected = (heads, n_q), (heads, _floor_power(most_blocks), num_columns), (heads, exact_rows), (kv_heads, n_k)
-    shapes = *selected, (n_q,), (), (n_k,), (), ()
-    return means + [query.new_empty(batch, *shape, dtype=torch.int32) for shape in shapes]
+        reused = 0 if uniform else exact_rows
+
+    def empty(dtype: torch.dtype, *shapes: tuple[int, ...]) -> list[Tensor]:
+        return [query.new_empty(batch, *shape, dtype=dtype) for shape in shapes]
+
+    positions = (heads, n_q), (heads, _floor_power(most_blocks), num_columns), (heads, exact_rows), (kv_heads, n_k)
+    return [
+        *empty(torch.float32, (kv_heads, p), (kv_heads, pv)),
+        *empty(torch.int32, *positions),
+        *empty(torch.float32, (heads, reused, pv), (heads, reused)),
+        *empty(torch.int32, (n_q,), (), (n_k,), (), ()),
+    ]
 
 
 @torch.library.custom_op(f"{NAMESPACE}::attend", mutates_args=())
@@ -128,12 +140,12 @@ def attend(
     if is_ragged:
         out.zero_()
         lse.zero_()
-    with torch.autocast(query.device.type, enabled=False):
-        means, chosen, layout = _unpack(constants, query, most_blocks, block_size, dropout)
-        rest = residual(key, value, *means, chosen, layout, _strata(num_strata, kind), kind)
+    with _beside(query):
+        means, centres, chosen, layout = _unpack(constants, query, most_blocks, block_size, dropout)
+        rest = residual(key, value, means, centres, chosen, layout, _strata(num_strata, kind), kind)
         seed = layout.blocks if dropout_seed is None else dropout_seed  # not read without dropout
-        attention.forward(query, key, value, *means, chosen, layout, rest, scale, dropout, seed, out, lse)
-        exact.forward(query, key, value, chosen.exact_rows, layout, is_ragged, scale, dropout, seed, out, lse)
+        attention.forward(query, key, value, *centres, chosen, layout, rest, scale, dropout, seed, out, lse)
+        exact.forward(query, key, value, chosen, layout, is_ragged, scale, dropout, seed, out, lse)
     return out, lse
 
 
@@ -166,14 +178,14 @@ def attend_backward(
         grads[0].zero_()
     if grad.stride(-1) != 1:
         grad = grad.contiguous()
-    with torch.autocast(query.device.type, enabled=False):
-        means, chosen, layout = _unpack(constants, query, most_blocks, block_size, dropout)
-        rest = residual(key, value, *means, chosen, layout, _strata(num_strata, kind), kind)
+    with _beside(query):
+        means, centres, chosen, layout = _unpack(constants, query, most_blocks, block_size, dropout)
+        rest = residual(key, value, means, centres, chosen, layout, _strata(num_strata, kind), kind)
         seed = layout.blocks if dropout_seed is None else dropout_seed
         common = scale, dropout, seed, out, lse, grad
         exact_grads = exact.backward(query, key, value, chosen.exact_rows, layout, is_ragged, *common, grads[0])
         attention.backward(
-            query, key, value, *means, chosen, layout, rest, kind == "geometric", *common, *grads, exact_grads
+            query, key, value, *centres, chosen, layout, rest, kind == "geometric", *common, *grads, exact_grads
         )
     return grads
 
@@ -205,6 +217,13 @@ attend.register_autograd(_backward, setup_context=_save)
 # --- what they share ---
 
 
+@contextmanager
+def _beside(x: Tensor) -> Iterator[None]:
+    """Launches go to the device of `x`, whichever is current; autocast casts nothing."""
+    with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
+        yield
+
+
 def _outputs(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     batch, heads, n, _ = query.shape
     out = query.new_empty(batch, n, heads, value.shape[-1]).transpose(1, 2)
@@ -221,14 +240,17 @@ def _strata(num_strata: int, kind: str) -> int:
 
 
 def _unpack(constants: list[Tensor], query: Tensor, most_blocks: int, block_size: int, dropout: float):
-    """The two means, the selection and the layout. Blocks that not even the padded length needs are cut off."""
+    """The two means, what is subtracted from keys and values, the selection and the layout.
+
+    Blocks that not even the padded length needs are cut off.
+    """
     key_mean, value_mean, *rest = constants
     chosen, layout = Selection(*rest[:_NUM_SELECTION]), Layout(*rest[_NUM_SELECTION:])
     blocks = num_blocks(query.shape[2], block_size, most_blocks)
     chosen = chosen._replace(columns=chosen.columns[:, :, :blocks].contiguous())
-    if dropout:  # a column that is dropped loses all of its value
-        value_mean = torch.zeros_like(value_mean)
-    return (key_mean, value_mean), chosen, layout
+    # A column that is dropped loses all of its value.
+    centres = key_mean, torch.zeros_like(value_mean) if dropout else value_mean
+    return (key_mean, value_mean), centres, chosen, layout
 
 
 def _floor_power(n: int) -> int:
@@ -313,10 +335,20 @@ def skein_attention(
     )[0]
 
 
+@torch.compiler.assume_constant_result
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
 def why_not(query: Tensor, value: Tensor) -> str | None:
     """The reason why the kernels cannot run on these inputs, or None if they can."""
-    if query.device.type != "cuda" and not INTERPRETED.value:
-        return f"it needs a CUDA or ROCm device (or TRITON_INTERPRET=1, for tests); the inputs are on {query.device}"
+    if not INTERPRETED.value:
+        if query.device.type != "cuda":
+            return (
+                f"it needs a CUDA or ROCm device (or TRITON_INTERPRET=1, for tests); the inputs are on {query.device}"
+            )
+        if (capability := _capability(query.device)) < LEAST_CAPABILITY:
+            return f"it needs a GPU of compute capability {LEAST_CAPABILITY}; {query.device} has {capability}"
     if query.dtype not in DTYPES:
         return f"it knows {', '.join(str(x) for x in DTYPES)}; the inputs are {query.dtype}"
     largest = max(query.shape[-1], value.shape[-1])

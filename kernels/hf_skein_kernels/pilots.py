@@ -83,7 +83,7 @@ def lse_kernel(
     tl.store(p_out + (i_bh * CHUNKS + i_chunk) * PILOTS + o_m, b_largest + tl.log(b_sum), mask=o_m < PILOTS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["key"])
 def pilot_rows_kernel(p_index, p_length, p_rows, p_distinct, n, HEADS, PILOTS, key, M: tl.constexpr, BM: tl.constexpr):
     """Random rows with replacement; and the same with -1 in place of what has come before."""
     i_bh = tl.program_id(0).to(tl.int64)
@@ -131,7 +131,7 @@ def block_means(query: Tensor, order: Tensor, blocks: int, parts: int, layout: L
 
 
 def log_sum_exp(pilots: Tensor, key: Tensor, bias: Tensor | None, scale: float, layout: Layout) -> Tensor:
-    """Logarithm, chunk by chunk, of the sum over the valid keys of `exp(scale * q·k + bias)`.
+    """Logarithm of the sum over the valid keys of `exp(scale * q·k + bias)`.
 
     Args:
         pilots: `[B, H, r, p]` contiguous, in the dtype of `key`.
@@ -141,11 +141,11 @@ def log_sum_exp(pilots: Tensor, key: Tensor, bias: Tensor | None, scale: float, 
         layout: The layout.
 
     Returns:
-        `[B, H, chunks, r]` float32; a chunk holds `PIECE` keys, and is undefined where a sequence has none of them.
+        `[B, H, r]` float32; `-inf` for a sequence that is not sketched.
     """
     batch, heads, rows, p = pilots.shape
     n, chunks = key.shape[2], triton.cdiv(key.shape[2], PIECE)
-    out = torch.empty(batch, heads, chunks, rows, dtype=torch.float32, device=key.device)
+    out = torch.full((batch, heads, chunks, rows), -torch.inf, device=key.device)
     conf = config("pilots", padded(p), like=key)
     lse_kernel[(batch * heads * chunks, triton.cdiv(rows, conf.rows))](
         pilots, key, pilots if bias is None else bias, layout.key_index, layout.key_length, layout.blocks, out,
@@ -153,10 +153,10 @@ def log_sum_exp(pilots: Tensor, key: Tensor, bias: Tensor | None, scale: float, 
         p=p, P=padded(p), BIAS=bias is not None, PIECE=PIECE, BM=conf.rows, BN=conf.keys, PRECISION=precision(key),
         num_warps=conf.warps, num_stages=conf.stages,
     )  # fmt: skip
-    return out
+    return out.logsumexp(2)
 
 
-def random_rows(query: Tensor, count: int, random_key: int, layout: Layout) -> tuple[Tensor, Tensor]:
+def random_rows(query: Tensor, count: int, random_key: int, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
     """Rows drawn uniformly with replacement (step 1 of Algorithm 1), those of `sketch.pilots.random_rows`.
 
     Args:
@@ -166,7 +166,8 @@ def random_rows(query: Tensor, count: int, random_key: int, layout: Layout) -> t
         layout: The layout.
 
     Returns:
-        The rows `[B, H, count, p]`, and their positions `[B, H, count]` int32, -1 in place of what has come before.
+        The rows `[B, H, count, p]`, their positions `[B, H, count]` int32, and the same with -1 in place of what has
+        come before.
     """
     batch, heads, n, p = query.shape
     rows = torch.empty(batch, heads, count, dtype=torch.int32, device=query.device)
@@ -175,4 +176,4 @@ def random_rows(query: Tensor, count: int, random_key: int, layout: Layout) -> t
         layout.query_index, layout.query_length, rows, distinct, n, heads, count, random_key,
         M=padded(count), BM=16, num_warps=4,
     )  # fmt: skip
-    return query.gather(2, rows.long()[..., None].expand(-1, -1, -1, p)), distinct
+    return query.gather(2, rows.long()[..., None].expand(-1, -1, -1, p)), rows, distinct

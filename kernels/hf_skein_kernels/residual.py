@@ -129,8 +129,8 @@ def covariance_kernel(
 def residual(
     key: Tensor,
     value: Tensor,
-    key_mean: Tensor,
-    value_mean: Tensor,
+    means: tuple[Tensor, Tensor],
+    centres: tuple[Tensor, Tensor],
     selection: Selection,
     layout: Layout,
     num_strata: int,
@@ -141,11 +141,11 @@ def residual(
     Args:
         key: `[B, HK, n_k, p]`, last stride 1.
         value: `[B, HK, n_k, pv]`, last stride 1.
-        key_mean: `[B, HK, p]` float32.
-        value_mean: `[B, HK, pv]` float32.
+        means: Of keys `[B, HK, p]` and values `[B, HK, pv]`, float32.
+        centres: What keys and values count less than they are, likewise: their means, or zero.
         selection: Columns and strata.
         layout: Of the batch.
-        num_strata: Number of strata; 0 for no residual.
+        num_strata: Number of strata; 1 unless the kind is `"second_order"`, 0 for no residual.
         kind: `"second_order"`, `"mean"`, `"geometric"` or `"simple"`, as in `skein_attention`.
     """
     batch, heads, blocks, d = selection.columns.shape
@@ -156,35 +156,39 @@ def residual(
     if num_strata == 0:
         return out
     group = heads // key.shape[1]
-    keys = layout.key_index, layout.key_length
-    for x, mean, result, geometric in (
-        (value, value_mean, out.value, False),
-        (key, key_mean, out.key, kind == "geometric"),
+    if is_second_order:
+        keys = layout.key_index, layout.key_length
+        totals = moments.totals(key, value, *centres, selection.stratum, num_strata, *keys)
+    else:  # of one stratum the sums are known
+        size = layout.key_length[:, None, None].expand(-1, key.shape[1], 1).float()
+        sums = (size[..., None] * (mean - centre)[:, :, None] for mean, centre in zip(means, centres, strict=True))
+        totals = moments.Totals(*sums, size.contiguous(), out.metric, out.cross)
+    for x, centre, total, result, geometric in (
+        (value, centres[1], totals.value, out.value, False),
+        (key, centres[0], totals.key, out.key, kind == "geometric"),
     ):
-        total, size = moments.stratum_sums(x, mean, selection.stratum, num_strata, *keys)
         width = padded(x.shape[-1])
         c = config("blocks", width)
         tile = min(c.rows, padded(num_strata)), min(64, width)
         means_kernel[
             (batch * heads * blocks, triton.cdiv(num_strata, tile[0]), triton.cdiv(x.shape[-1], tile[1]))
         ](
-            x, mean, total, size, selection.columns, selection.stratum, layout.blocks, result, out.count,
+            x, centre, total, totals.size, selection.columns, selection.stratum, layout.blocks, result, out.count,
             *x.stride()[:3], x.shape[2], heads, group, blocks,
             p=x.shape[-1], C=num_strata, D=d, BC=tile[0], BT=tile[1], BN=c.keys, GEOMETRIC=geometric,
             PRECISION=precision(x), num_warps=c.warps, num_stages=c.stages,
         )  # fmt: skip
     if not is_second_order:
         return out
-    for x, mean, mean_x, result in (
-        (key, key_mean, out.key, out.metric),
-        (value, value_mean, out.value, out.cross),
+    for x, centre, total, mean_x, result in (
+        (key, centres[0], totals.metric, out.key, out.metric),
+        (value, centres[1], totals.cross, out.value, out.cross),
     ):
-        total = moments.products(key, x, key_mean, mean, *keys)
         pr = x.shape[-1]
         c = config("blocks", padded(p), padded(pr))
         tile = min(c.rows, padded(p)), min(64, padded(pr))
         covariance_kernel[(batch * heads * blocks, triton.cdiv(p, tile[0]), triton.cdiv(pr, tile[1]))](
-            key, x, key_mean, mean, total, selection.columns, out.key, mean_x, out.count,
+            key, x, centres[0], centre, total, selection.columns, out.key, mean_x, out.count,
             layout.key_length, layout.blocks, result, *key.stride()[:3], *x.stride()[:3],
             heads, group, blocks,
             p=p, pr=pr, C=num_strata, D=d, BP=tile[0], BR=tile[1], BN=c.keys,

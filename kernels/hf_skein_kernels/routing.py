@@ -44,26 +44,27 @@ def largest_entry(p_matrix, p: tl.constexpr, P: tl.constexpr, BK: tl.constexpr):
 
 @triton.jit
 def symmetric_product(
-    p_matrix, p_scratch, b_x, largest, p: tl.constexpr, P: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr
+    p_matrix, b_x, largest, p: tl.constexpr, P: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr
 ):
-    """`matrix / largest @ x`, with `x [P, WIDTH]`, by way of memory, from where tiles of `x` can be read."""
-    o_p, o_c = tl.arange(0, P), tl.arange(0, WIDTH)
-    tl.debug_barrier()
-    tl.store(p_scratch + o_p[:, None] * WIDTH + o_c[None, :], b_x)
-    tl.debug_barrier()
+    """`matrix / largest @ x`, with `x [P, WIDTH]`.
+
+    Tiles of `x` are picked by a sum, not by way of memory: on AMD a barrier does not wait for what was written there.
+    """
+    o_p, o_tile = tl.arange(0, P), tl.arange(0, P // BK)
+    b_tiles = tl.reshape(b_x, [P // BK, BK, WIDTH])
     b_product = tl.zeros([P, WIDTH], tl.float32)
-    for first in tl.static_range(0, P, BK):
-        o_k = first + tl.arange(0, BK)
+    for i in tl.static_range(0, P // BK):
+        o_k = i * BK + tl.arange(0, BK)
         # [P, BK], [BK, WIDTH]
         b_matrix = load_rows(p_matrix, p, o_p, o_p < p, o_k, o_k < p) / largest
-        b_tile = tl.load(p_scratch + o_k[:, None] * WIDTH + o_c[None, :])
+        b_tile = tl.sum(tl.where((o_tile == i)[:, None, None], b_tiles, 0.0), 0)
         b_product = dot(b_matrix, b_tile, b_product, PRECISION)
     return b_product
 
 
 @triton.jit
 def components_kernel(
-    p_keys, p_queries, p_blocks, p_scratch, p_out, HEADS, GROUP,
+    p_keys, p_queries, p_blocks, p_out, HEADS, GROUP,
     p: tl.constexpr, P: tl.constexpr, BK: tl.constexpr, COMPONENTS: tl.constexpr, ITERATIONS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -77,7 +78,6 @@ def components_kernel(
         return
     p_keys += (i_bh // GROUP) * p * p  # HEADS is GROUP times the number of key heads
     p_queries += i_bh * p * p
-    p_scratch += i_bh * P * WIDTH
     o_p, o_c = tl.arange(0, P), tl.arange(0, WIDTH)
     of_keys, of_queries = largest_entry(p_keys, p, P, BK), largest_entry(p_queries, p, P, BK)
 
@@ -90,10 +90,10 @@ def components_kernel(
         o_top = tl.argmax(b_diagonal, 0)
         b_e = tl.where((o_p == o_top)[:, None] & (o_c == i)[None, :], 1.0, b_e)
         b_diagonal = tl.where(o_p == o_top, -1.0, b_diagonal)
-    b_y = symmetric_product(p_keys, p_scratch, b_e, of_keys, p, P, BK, PRECISION)
+    b_y = symmetric_product(p_keys, b_e, of_keys, p, P, BK, PRECISION)
     for _ in range(ITERATIONS + 1):
-        b_e = symmetric_product(p_queries, p_scratch, b_y, of_queries, p, P, BK, PRECISION)
-        b_y = symmetric_product(p_keys, p_scratch, b_e, of_keys, p, P, BK, PRECISION)
+        b_e = symmetric_product(p_queries, b_y, of_queries, p, P, BK, PRECISION)
+        b_y = symmetric_product(p_keys, b_e, of_keys, p, P, BK, PRECISION)
         b_before = tl.sum(b_e * b_y, 0)
         for i in range(COMPONENTS):  # Gram-Schmidt
             b_this = tl.where(o_c == i, 1.0, 0.0)
@@ -232,11 +232,10 @@ def directions(query: Tensor, key: Tensor, layout: Layout) -> Tensor:
     batch, heads, _, p = query.shape
     of_queries = covariance(query, layout.query_index, layout.query_length, layout.blocks, sample=SAMPLE, least=2)
     of_keys = covariance(key, layout.key_index, layout.key_length, layout.blocks, sample=SAMPLE, least=2)
-    scratch = torch.empty(batch, heads, padded(p), WIDTH.value, dtype=torch.float32, device=query.device)
     out = torch.empty(batch, heads, p, COMPONENTS, dtype=torch.float32, device=query.device)
     conf = config("components", padded(p), like=query)
     components_kernel[(batch * heads,)](
-        of_keys, of_queries, layout.blocks, scratch, out, heads, heads // key.shape[1],
+        of_keys, of_queries, layout.blocks, out, heads, heads // key.shape[1],
         p=p, P=padded(p), BK=min(conf.keys, padded(p)), COMPONENTS=COMPONENTS, ITERATIONS=SUBSPACE_ITERATIONS,
         PRECISION=precision(query), num_warps=conf.warps, num_stages=conf.stages,
     )  # fmt: skip

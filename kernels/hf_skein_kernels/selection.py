@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+from . import exact_rows as exact
 from . import strata
 from .columns import block_bias, draw_scores, top_columns
 from .covariance import covariance
 from .layout import Layout, Selection
-from .pilots import block_means, random_rows
+from .pilots import block_means, log_sum_exp, random_rows
 from .random import random_key
 from .routing import route
 
@@ -77,6 +80,7 @@ def adaptive(
         columns.contiguous(),
         rows[:, None].expand(-1, heads, -1).contiguous(),
         strata.assign(key, key_mean, num_strata, layout),
+        *_no_rows(query, value),
     )
 
 
@@ -106,11 +110,26 @@ def skeinformer(
     The others are those of `adaptive`.
     """
     numbers = random_key(seed, layer)
-    pilots, exact_rows = random_rows(query, num_pilots, numbers, layout)
-    score = draw_scores(None if uniform else pilots, key, value, query.shape[1], scale, numbers, 0, layout)
+    pilots, positions, distinct = random_rows(query, num_pilots, numbers, layout)
+    exact_output, exact_lse = _no_rows(query, value)
+    if uniform:
+        looked_at = None
+    elif pilot_reutilization:  # one pass gives their result, and their mass
+        exact_output, exact_lse = exact.listed_rows(query, key, value, positions, layout, scale)
+        looked_at = pilots, exact_lse * math.log(2)
+    else:
+        looked_at = pilots, log_sum_exp(pilots, key, None, scale, layout)
+    score = draw_scores(looked_at, key, value, query.shape[1], scale, numbers, 0, layout)
     return Selection(
         route(query, key, 1, layout),
         top_columns(None, key, score, score, num_columns, scale, layout),
-        exact_rows if pilot_reutilization else exact_rows[..., :0].contiguous(),
+        distinct if pilot_reutilization else distinct[..., :0].contiguous(),
         strata.assign(key, key_mean, num_strata, layout),
+        exact_output,
+        exact_lse,
     )
+
+
+def _no_rows(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    out = query.new_empty(*query.shape[:2], 0, value.shape[-1], dtype=torch.float32)
+    return out, out.new_empty(out.shape[:-1])

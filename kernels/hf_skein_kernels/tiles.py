@@ -32,6 +32,11 @@ ON_ROCM = torch.version.hip is not None
 # By kernel, then by the largest (padded) head dimension that a configuration serves.
 CONFIGS: dict[str, dict[int, Config]] = {
     "moments": {64: Config(0, 64, 4, 2), 128: Config(0, 32, 8, 2), 256: Config(0, 32, 8, 2), 512: Config(0, 16, 8, 1)},
+    "totals": {
+        128: Config(64, 16, 8, 2),
+        256: Config(64, 32, 8, 1),
+        512: Config(32, 16, 8, 1),
+    },
     "blocks": {64: Config(64, 32, 4, 2), 128: Config(64, 32, 4, 2), 256: Config(32, 32, 8, 1)},
     "forward": {
         64: Config(64, 64, 4, 2),
@@ -105,8 +110,12 @@ def padded(p: int) -> int:
 
 
 def precision(x: Tensor) -> str:
-    """How float32 tiles are multiplied: as they are, unless the inputs are shorter or PyTorch allows TF32."""
-    return "ieee" if x.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32 else "tf32"
+    """How float32 tiles are multiplied: as they are, unless the inputs are shorter or PyTorch allows TF32.
+
+    Of AMD's GPUs only gfx942 has TF32, and Triton refuses it on the others.
+    """
+    is_short = x.dtype != torch.float32 or torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if is_short and not ON_ROCM else "ieee"
 
 
 LOG2_E = tl.constexpr(math.log2(math.e))
@@ -142,6 +151,15 @@ def load_centred(p_x, stride, o_rows, m_rows, o_cols, m_cols, b_mean):
 def store_rows(p_x, stride, o_rows, m_rows, o_cols, m_cols, b_x):
     pointers = p_x + o_rows.to(tl.int64)[:, None] * stride + o_cols[None, :]
     tl.store(pointers, b_x.to(p_x.dtype.element_ty), mask=m_rows[:, None] & m_cols[None, :])
+
+
+@triton.jit
+def softmax_step(b_logit, b_max, b_mass):
+    """Online softmax to base 2 over logits `[N, M]`: their weights, the factor `[N, 1]` of what is summed already, and
+    the maximum and the mass of each row from here on."""
+    b_new_max = tl.maximum(b_max, tl.max(b_logit, 1))
+    b_weight, b_shrink = tl.exp2(b_logit - b_new_max[:, None]), tl.exp2(b_max - b_new_max)
+    return b_weight, b_shrink[:, None], b_new_max, b_mass * b_shrink + tl.sum(b_weight, 1)
 
 
 @triton.jit

@@ -309,11 +309,13 @@ def records() -> str:
             [
                 f"[{path.stem}](../benchmarks/results/{path.name}){picture}",
                 f"{hardware['gpu'] or hardware['cpu']}, {count(hardware['threads'], 'thread')}",
-                f"{versions['torch']}, {versions['transformers']}",
+                ", ".join(
+                    f"{name} {versions[name]}" for name in ("torch", "transformers", "triton") if name in versions
+                ),
                 f"`{(record['commit'] or '')[:10]}`",
             ]
         )
-    return markdown_table(["record", "hardware", "torch, transformers", "commit"], body)
+    return markdown_table(["record", "hardware", "versions", "commit"], body)
 
 
 def layer_costs() -> str:

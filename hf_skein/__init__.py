@@ -13,13 +13,14 @@ from .config import SkeinConfig
 
 if TYPE_CHECKING:
     from .attention import skein_attention
+    from .baselines import register_baselines
     from .registration import configure
 
 __version__ = "0.1.0"
-__all__ = ["SkeinConfig", "configure", "skein_attention"]
+__all__ = ["SkeinConfig", "configure", "register_baselines", "skein_attention"]
 
 
-_HOMES = {"skein_attention": ".attention", "configure": ".registration"}
+_HOMES = {"skein_attention": ".attention", "configure": ".registration", "register_baselines": ".baselines"}
 
 
 def __getattr__(name: str):

@@ -12,7 +12,7 @@ import inspect
 import json
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -50,6 +50,7 @@ def skein_attention_forward(
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
+    attend: Callable[..., Tensor] | None = None,
     **kwargs,
 ) -> tuple[Tensor, Tensor | None]:
     """What Transformers calls for `attn_implementation="skein"`.
@@ -64,6 +65,7 @@ def skein_attention_forward(
         dropout: Probability of dropping an attention weight.
         scaling: Multiplies the logits.
         is_causal: Overrides `module.is_causal`.
+        attend: The attention itself, if not `skein_attention`: see `baselines.py`.
         **kwargs: What the model passes besides; `global_attention_mask` `[batch, n]`, if a caller gave it to the model,
             marks global tokens (see `skein_attention`).
 
@@ -95,7 +97,7 @@ def skein_attention_forward(
         global_mask = kwargs.get("global_attention_mask")
         if global_mask is not None:
             global_mask = global_mask.flatten(0, -2)  # of multiple choices [batch, choices, n]
-        output = skein_attention(
+        output = (attend or skein_attention)(
             query,
             key,
             value,
@@ -424,6 +426,11 @@ def _is_longformer(module_class: type) -> bool:
     return any(base.__module__ == _LONGFORMER for base in module_class.__mro__)
 
 
+def _is_ours(name: str | None) -> bool:
+    """Whether `name` is skein or one of its baselines (`skein:linformer` ...)."""
+    return isinstance(name, str) and name.partition(":")[0] == NAME
+
+
 def _runs_skein(module_class: type) -> bool:
     return calls_registry(module_class) or _is_longformer(module_class)
 
@@ -437,13 +444,13 @@ def _source(thing) -> str:
 
 
 @functools.cache
-def _check_class(model_class: type) -> None:
+def _check_class(model_class: type, name: str = NAME) -> None:
     """Refuse a class that has an attention of its own or claims to support no other; warn if it also asks."""
-    if _is_longformer(model_class):
+    if _is_longformer(model_class) and name == NAME:
         return
     own = own_attention_classes(model_class)
     if not calls_registry(model_class) and (own or not model_class._supports_sdpa):
-        raise _refusal(model_class)
+        raise _refusal(model_class, name)
     if own:
         logger.warning(
             f"skein: parts of {model_class.__name__} bypass Transformers' attention registry and run their own "
@@ -451,28 +458,29 @@ def _check_class(model_class: type) -> None:
         )
 
 
-def _check_parts(model: PreTrainedModel, is_configured: bool) -> None:
+def _check_parts(model: PreTrainedModel, name: str, is_configured: bool) -> None:
     """Refuse a model whose file leaves attention to other models, if none of them asks the registry.
 
-    They may be of another library, or (looked at if `is_configured`) may not have been told to ask for skein.
+    They may be of another library, or (looked at if `is_configured`) may not have been told to ask for `name`.
     """
-    if _runs_skein(type(model)):
+    runs = _runs_skein if name == NAME else calls_registry
+    if runs(type(model)):
         return
-    parts = [part for part in model.modules() if _runs_skein(type(part))]
+    parts = [part for part in model.modules() if runs(type(part))]
     if is_configured:
-        parts = [p for p in parts if getattr(getattr(p, "config", None), "_attn_implementation", None) == NAME]
+        parts = [p for p in parts if getattr(getattr(p, "config", None), "_attn_implementation", None) == name]
     if not parts:
-        raise _refusal(type(model))
+        raise _refusal(type(model), name)
 
 
-def _refusal(model_class: type) -> ValueError:
+def _refusal(model_class: type, name: str) -> ValueError:
     own = own_attention_classes(model_class)
     own_text = f" (it computes {', '.join(own)} itself)" if own else ""
     return ValueError(
-        f"{model_class.__name__} does not support attn_implementation={NAME!r}: it never asks Transformers' "
+        f"{model_class.__name__} does not support attn_implementation={name!r}: it never asks Transformers' "
         f"attention registry{own_text} and would silently run another attention. Load it without attn_implementation, "
         "or convert the checkpoint to an architecture that does (BERT, RoBERTa, ...). Of a model made of several, name "
-        f'the parts that do, e.g. attn_implementation={{"text_config": "{NAME}"}}.'
+        f'the parts that do, e.g. attn_implementation={{"text_config": "{name}"}}.'
     )
 
 
@@ -480,24 +488,30 @@ def _check_at_load() -> None:
     """Have `from_pretrained`, `from_config` and `set_attn_implementation` refuse classes that bypass the registry.
 
     The registries are not told which class asks, so this is the one place where methods of Transformers are wrapped,
-    for our name only: the check that every model runs on the name of its attention, before it has any parts unless the
+    for our names only: the check that every model runs on the name of its attention, before it has any parts unless the
     name is set later, and the end of every model's construction (where a Longformer is told to sketch, too).
     """
     original_check, original_post_init = PreTrainedModel.get_correct_attn_implementation, PreTrainedModel.post_init
 
     @functools.wraps(original_check)
     def get_correct_attn_implementation(self, requested_attention, is_init_check=False):
-        if requested_attention == NAME:
-            _check_class(type(self))
+        if _is_ours(requested_attention):
+            if requested_attention not in AttentionInterface._global_mapping:
+                raise ValueError(
+                    f"attn_implementation={requested_attention!r} is not registered. Call "
+                    "hf_skein.register_baselines() first; it returns the names that there are."
+                )
+            _check_class(type(self), requested_attention)
             _skein_config(self.config)
             if not is_init_check:
-                _check_parts(self, is_configured=False)
+                _check_parts(self, requested_attention, is_configured=False)
         return original_check(self, requested_attention, is_init_check)
 
     @functools.wraps(original_post_init)
     def post_init(self):
-        if self.config._attn_implementation == NAME:
-            _check_parts(self, is_configured=True)
+        name = self.config._attn_implementation
+        if _is_ours(name):
+            _check_parts(self, name, is_configured=True)
             if _is_longformer(type(self)):
                 importlib.import_module(".longformer", __package__).attach(self)
         original_post_init(self)

@@ -21,6 +21,6 @@ def test_the_kernels_install_as_a_subpackage():
 
 
 def test_public_names():
-    assert set(hf_skein.__all__) == {"SkeinConfig", "configure", "skein_attention"}
+    assert set(hf_skein.__all__) == {"SkeinConfig", "configure", "register_baselines", "skein_attention"}
     assert all(getattr(hf_skein, name).__doc__ for name in hf_skein.__all__)
     assert hf_skein.convert.extend_positions.__doc__

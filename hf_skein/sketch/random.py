@@ -14,6 +14,7 @@ _MASK = 0xFFFFFFFF
 
 PILOT_STREAM = 0
 COLUMN_STREAM = 1
+BASELINE_STREAM = 2
 
 
 def _mix(x: Tensor) -> Tensor:
@@ -32,7 +33,7 @@ def uniform(
         seed: Seed of the configuration.
         layer: Index of the layer.
         heads: `[h]` int64, indices of the heads.
-        stream: What the numbers are for (`PILOT_STREAM`, `COLUMN_STREAM`).
+        stream: What the numbers are for (`PILOT_STREAM`, `COLUMN_STREAM`, `BASELINE_STREAM`).
         count: How many positions, starting from 0.
         device: Where the result lives.
 
@@ -48,3 +49,8 @@ def uniform(
 def gumbel(uniforms: Tensor) -> Tensor:
     """Standard Gumbel noise of the same shape, by the inverse of its distribution function."""
     return -torch.log(-torch.log(uniforms))
+
+
+def normal(uniforms: Tensor) -> Tensor:
+    """Standard normal numbers of the same shape, by the inverse of their distribution function."""
+    return torch.special.ndtri(uniforms)

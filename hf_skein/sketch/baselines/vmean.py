@@ -1,4 +1,4 @@
-"""Baselines for comparison, behind the same signature."""
+"""V-Mean: the mean of the values for every row."""
 
 from __future__ import annotations
 

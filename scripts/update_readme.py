@@ -1,0 +1,401 @@
+"""Writes the figures of README.md and docs/ from the records in benchmarks/results.
+
+    python scripts/update_readme.py            # write them
+    python scripts/update_readme.py --check    # fail where they are not what the records say
+
+A place for them is `<!-- name: begin -->` to `<!-- name: end -->`; `PLACES` says which function fills it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import textwrap
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from _document import markdown_table, replace_marked
+
+from hf_skein import SkeinConfig
+
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+WEIGHTS = ("pretrained", "random")
+
+
+def load(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def tokens(n: int) -> str:
+    return f"n = {n:,}"
+
+
+def paragraph(*sentences: str) -> str:
+    return textwrap.fill(" ".join(sentences), 120, break_long_words=False, break_on_hyphens=False)
+
+
+def count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def cores(record: dict[str, Any]) -> str:
+    return count(record["hardware"]["threads"], "CPU core")
+
+
+def cell(value: float | None, form: str) -> str:
+    return "\N{EN DASH}" if value is None else format(value, form)
+
+
+def settings(config: dict[str, Any]) -> str:
+    """What a recorded configuration changes of the defaults; where a sketch begins is left out."""
+    fields = {
+        k: v for k, v in config.items() if k in SkeinConfig.__dataclass_fields__ and k not in ("min_length", "layers")
+    }
+    default = SkeinConfig().to_dict()
+    changed = [f"{name}={json.dumps(value)}" for name, value in sorted(fields.items()) if value != default[name]]
+    return f"`{', '.join(changed)}`" if changed else "default"
+
+
+# README.md
+
+
+def speeds() -> str:
+    record = load("speed_cpu")
+    rows = {(row["n"], row["method"]): row for row in record["rows"]}
+    lengths = [n for n in (2048, 4096, 16384) if n in record["lengths"]]
+    body = []
+    for method, config in record["methods"].items():
+        cells = []
+        for n in lengths:
+            row = rows[n, method]
+            forward, backward = (cell(row.get(f"{x}_speedup"), ".1f") for x in ("forward", "forward_backward"))
+            cells.append(f"{forward} / {backward} ({row['error']:.2f})")
+        body.append([settings(config), *cells])
+    head = ["times faster than exact attention, forward / with backward (error)", *map(tokens, lengths)]
+    longest = max(record["lengths"])
+    default = next(method for method, config in record["methods"].items() if settings(config) == "default")
+    row = rows[longest, default]
+    shape, layers = record["shape"], len(record["layers"])
+    caption = paragraph(
+        f"One layer of MiniLM on WikiText-2, its {shape['heads']} heads widened to p={shape['p']}, fp32,",
+        f"{cores(record)}, side by side with PyTorch's fused exact attention, medians of {record['repeats']};",
+        f"the error is the relative Frobenius error of the output, mean over heads and {layers} layers",
+        "([record](benchmarks/results/speed_cpu.json), `scripts/benchmark_speed.py`).",
+        f"At {tokens(longest)} the default takes {row['forward_seconds']:.1f} s and {row['forward_mib'] / 1024:.1f} GB",
+        f"(error {row['error']:.2f}).",
+    )
+    return f"{markdown_table(head, body)}\n\n{caption}"
+
+
+ENCODERS = {
+    "sdpa": "exact (sdpa)",
+    "skein": "skein",
+    "longformer": "Longformer",
+    "big_bird": "BigBird",
+    "nystromformer": "Nyströmformer",
+}
+
+
+def encoders() -> str:
+    record = load("encoder_minilm")
+    seconds = {(row["pass"], row["method"], row["n"]): row["seconds"] for row in record["rows"]}
+    lengths = [n for n in record["lengths"] if n != 1024]
+
+    def of(what: str, method: str) -> list[str]:
+        found = (seconds.get((what, method, n)) for n in lengths)
+        return [cell(s, ".2f" if s is not None and s < 10 else ".1f") for s in found]
+
+    body = [[f"inference, {ENCODERS[method]}", *of("inference", method)] for method in ENCODERS]
+    body += [[f"training step, {ENCODERS[method]}", *of("training", method)] for method in ("sdpa", "skein")]
+    crossover = {row["pass"]: row["tokens"] for row in record["crossover"]}
+    lead = paragraph(
+        f"A whole encoder of MiniLM's size (random weights, fp32, {cores(record)}, medians of {record['repeats']}),",
+        "the sketch at every length, beside Transformers' other encoders for long documents in the same size",
+        "([record](benchmarks/results/encoder_minilm.json) with memory, tokens per second and the share of attention;",
+        "`scripts/benchmark_encoder.py`):",
+    )
+    table = markdown_table(["seconds, one document", *map(tokens, lengths)], body)
+    result = paragraph(
+        f"Skein is faster than exact attention from {crossover['inference']:,} tokens on in inference and from",
+        f"{crossover['training']:,} in training.",
+    )
+    return f"{lead}\n\n{table}\n\n{result}"
+
+
+def embeddings() -> str:
+    record = load("embeddings")
+    rows = {row["case"]: row for row in record["rows"]}
+    names = {
+        "truncated": f"truncated at {record['truncate']}, exact",
+        "exact": "full length, exact",
+        "skein": "full length, skein",
+    }
+    body = [
+        [
+            name,
+            f"{100 * (row := rows[case])['accuracy']:.1f} ± {100 * row['accuracy_std']:.1f} %",
+            f"{row['seconds']:.0f}",
+            "1" if case == "exact" else f"{row['cosine_mean']:.3f} ({row['cosine_min']:.3f})",
+        ]
+        for case, name in names.items()
+    ]
+    head = ["", "accuracy, mean and deviation over folds", "seconds for all", "cosine to exact, mean (least)"]
+    lead = paragraph(
+        f"Without any training: mean-pooled MiniLM embeddings of {record['count']:,} film reviews (Pang and Lee; mean",
+        f"{record['mean_tokens']:.0f} tokens), the position table tiled to {record['max_length']}, logistic",
+        "regression, ten folds, skein on every layer (`min_length=0`, else the defaults;",
+        "[record](benchmarks/results/embeddings.json), `scripts/benchmark_embeddings.py`).",
+        "Most reviews are below the length from which a sketch pays, so here it",
+        "costs time as well:",
+    )
+    return f"{lead}\n\n{markdown_table(head, body)}"
+
+
+def training() -> str:
+    names = {
+        "truncated": "truncated at 512, exact",
+        "exact": "full length, exact",
+        "skein": "full length, skein",
+    }
+    body = []
+    for name, title in names.items():
+        record = load(f"movie_reviews_{name}")
+        accuracy, loss = record["test"]["accuracy"], record["test"]["loss"]
+        cost = f"{record['training_seconds']:.0f} s", f"{record['peak_memory_mib']:.0f} MiB"
+        body.append([title, f"{accuracy:.2f}", f"{loss:.3f}", *cost])
+    return markdown_table(["", "test accuracy", "test loss", "training", "peak memory"], body)
+
+
+# docs/method.md
+
+
+INGREDIENTS = {
+    "default": "default",
+    "with 4 pilots per block": "default, 4 pilots",
+    "with 128 strata": "default, 128 strata",
+    "with 32 strata": "default, 32 strata",
+    "with 16 strata": "default, 16 strata",
+    "with 1 stratum": "default, 1 stratum",
+    "with the mean residual (one virtual key)": "default, mean residual",
+    "without residual": "default, no residual",
+    "one block for all queries": "default, one block",
+    "columns drawn uniformly": "default, uniform columns",
+    "without exact rows": "default, no exact rows",
+    "blocks of 64, 128 columns": "adaptive, block 64, 64 strata, 128 columns",
+    "blocks of 64, 192 columns (256 keys with the strata)": "adaptive, block 64, 64 strata, 192 columns",
+    "blocks of 64, 256 columns": "adaptive, block 64, 64 strata, 256 columns",
+    "blocks of 64, 256 columns, 1 stratum": "adaptive, block 64, 1 strata, 256 columns",
+    "Skeinformer, 256 columns and pilots": "skeinformer, 256 columns",
+    "its columns with the second-order residual": "skeinformer, 256 columns, second-order residual",
+    "window of 256 and CLS": "window of 256 and CLS",
+    "oracle: each row's true top 256 keys, the rest dropped": "oracle, 256 columns",
+    "V-Mean": "V-Mean",
+}
+
+
+def ingredients() -> str:
+    record = load("fidelity")
+    error, cosine = (record["summary"][figure] for figure in ("frobenius", "document_cosine"))
+    body = [
+        [
+            title,
+            *(cell(error[method].get(str(n)), ".3f") for n in record["lengths"]),
+            cell(cosine.get(method, {}).get("documents"), ".3f"),
+        ]
+        for title, method in INGREDIENTS.items()
+    ]
+    return markdown_table(["", *map(tokens, record["lengths"]), "cosine of documents"], body)
+
+
+# docs/framework.md
+
+
+def framework_products() -> str:
+    record = load("framework")
+    rows = [row for row in record["rows"] if row["of"] == "product"]
+    body = [
+        [
+            row["weights"],
+            row["probabilities"],
+            row["columns"],
+            f"{row['median_beta']:.3f} ({row['least_beta']:.2g})",
+            f"{row['median_error']:.3f}",
+            f"{row['median_bound']:.3f}",
+            f"{100 * row['within']:.1f} % ({100 * row['least_within']:.1f} %)",
+            f"{row['squared_error']:.3f}",
+        ]
+        for row in rows
+    ]
+    head = [
+        "weights",
+        "probabilities",
+        "d",
+        "β (least)",
+        "error",
+        "bound",
+        "draws within (least)",
+        "error²/expected",
+    ]
+    lead = paragraph(
+        f"Eq. 4 with δ = {record['delta']:g} at {tokens(record['length'])}, {record['draws']} draws for each of",
+        f"{rows[0]['heads']} heads; errors and bounds, relative to `‖B‖ ‖V‖`, and β are medians over heads. The",
+        "probabilities are `q`, those of eq. 5 from `d` pilots, and uniform ones. The bound is to hold for",
+        f"{100 * (1 - record['delta']):g} % of draws.",
+    )
+    return f"{lead}\n\n{markdown_table(head, body)}"
+
+
+def framework_pilots() -> str:
+    record = load("framework")
+    rows = [row for row in record["rows"] if row["of"] == "pilots"]
+    share = {(row["weights"], row["pilots"]): row for row in rows}
+    head = [
+        "pilots",
+        *(f"{weights}: {what}" for weights in WEIGHTS for what in ("all columns", "a column", "median β")),
+    ]
+    body = [
+        [
+            pilots,
+            *(
+                cell
+                for weights in WEIGHTS
+                for cell in (
+                    f"{100 * share[weights, pilots]['holds']:.0f} %",
+                    f"{100 * share[weights, pilots]['columns']:.1f} %",
+                    f"{share[weights, pilots]['beta']:.2f}",
+                )
+            ),
+        ]
+        for pilots in record["pilots"]
+    ]
+    needed = {row["weights"]: row for row in record["rows"] if row["of"] == "needed"}
+    lead = paragraph(
+        f"Eq. 5 at {tokens(record['length'])}: how often the condition with `β = sqrt(1/3)` holds, for all columns at",
+        f"once and for one of them, over {rows[0]['heads']} heads and {record['pilot_draws']} draws each. Pilots that",
+        f"our inequality calls enough (δ = {record['delta']:g}), median over heads:",
+        f"{needed['pretrained']['median']:,.0f} with MiniLM's weights,",
+        f"{needed['random']['median']:,.0f} with random ones.",
+    )
+    return f"{lead}\n\n{markdown_table(head, body)}"
+
+
+# docs/results.md
+
+
+def records() -> str:
+    """Where every record comes from."""
+    body = []
+    for path in sorted(RESULTS.glob("*.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        hardware, versions = record["hardware"], record["versions"]
+        picture = f", [plot](../benchmarks/results/{path.stem}.png)" if path.with_suffix(".png").exists() else ""
+        body.append(
+            [
+                f"[{path.stem}](../benchmarks/results/{path.name}){picture}",
+                f"{hardware['gpu'] or hardware['cpu']}, {count(hardware['threads'], 'thread')}",
+                f"{versions['torch']}, {versions['transformers']}",
+                f"`{(record['commit'] or '')[:10]}`",
+            ]
+        )
+    return markdown_table(["record", "hardware", "torch, transformers", "commit"], body)
+
+
+def layer_costs() -> str:
+    tables = []
+    for name in ("speed_cpu", "speed_cpu_bf16"):
+        record = load(name)
+        body = [
+            [
+                f"{row['n']:,}",
+                settings(record["methods"][row["method"]]) if row["method"] in record["methods"] else row["method"],
+                f"{1e3 * row['forward_seconds']:,.0f}",
+                cell(row.get("forward_speedup"), ".1f"),
+                cell(row.get("forward_backward_speedup"), ".1f"),
+                f"{row['forward_mib']:,.0f}",
+                f"{row['error']:.3f}",
+            ]
+            for row in record["rows"]
+        ]
+        head = ["tokens", record["dtype"], "ms", "times faster", "with backward", "MiB", "error"]
+        tables.append(markdown_table(head, body))
+    return "\n\n".join(tables)
+
+
+def whole_encoders() -> str:
+    """A table per record of whole encoders; seconds, and MiB in brackets."""
+    tables = []
+    for path in sorted(RESULTS.glob("encoder_*.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        rows = {(row["size"], row["pass"], row["method"], row["n"]): row for row in record["rows"]}
+        body = [
+            [
+                f"{size}, {what}",
+                ENCODERS[method],
+                *(
+                    f"{row['seconds']:.3g} ({row['mib']:,.0f})" if (row := rows.get((*key, n))) else cell(None, "")
+                    for n in record["lengths"]
+                ),
+            ]
+            for key in dict.fromkeys(place[:3] for place in rows)
+            for size, what, method in [key]
+        ]
+        lead = paragraph(
+            f"[{path.stem}](../benchmarks/results/{path.name}): {record['dtype']}, {cores(record)}, medians of",
+            f"{record['repeats']}; seconds, and MiB in brackets. Skein becomes faster at",
+            " and ".join(
+                f"{row['tokens']:,} tokens in {row['pass']} ({row['size']}, {row['is']})" for row in record["crossover"]
+            )
+            + ".",
+        )
+        tables += [lead, markdown_table(["", "", *map(tokens, record["lengths"])], body)]
+    return "\n\n".join(tables)
+
+
+PLACES: list[tuple[str, str, Callable[[], str]]] = [
+    ("README.md", "speeds", speeds),
+    ("README.md", "encoders", encoders),
+    ("README.md", "embeddings", embeddings),
+    ("README.md", "training", training),
+    ("docs/method.md", "ingredients", ingredients),
+    ("docs/framework.md", "framework-products", framework_products),
+    ("docs/framework.md", "framework-pilots", framework_pilots),
+    ("docs/results.md", "records", records),
+    ("docs/results.md", "layer-costs", layer_costs),
+    ("docs/results.md", "whole-encoders", whole_encoders),
+]
+
+
+def documents(places: Iterable[tuple[str, str, Callable[[], str]]]) -> tuple[dict[Path, str], list[str]]:
+    """The documents as the records say they are, and the places that differ from what stands there."""
+    texts: dict[Path, str] = {}
+    stale = []
+    for document, name, make in places:
+        path = ROOT / document
+        before = texts[path] if path in texts else path.read_text(encoding="utf-8")
+        texts[path] = replace_marked(before, name, make())
+        if texts[path] != before:
+            stale.append(f"{document}: {name}")
+    return texts, stale
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Writes or checks the documents; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if there is something to write")
+    args = parser.parse_args(argv)
+    texts, stale = documents(PLACES)
+    if args.check:
+        for place in stale:
+            print(f"{place} is not what the record says; run python scripts/update_readme.py.", file=sys.stderr)
+        return int(bool(stale))
+    for path, text in texts.items():
+        path.write_text(text, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,8 +1,8 @@
 """Data of Long Range Arena: the tasks, their files, and the form in which `lra.py prepare` keeps them.
 
-Prepared data is a folder with a `DatasetDict` on disk (`train`, `validation`, `test`; columns `input_ids`, for two texts
-`input_ids_2`, and `labels`) and `prepared.json`, which says where it comes from. Id 0 is padding; byte or grey level `b` is
-`b + 1`.
+Prepared data is a folder with a `DatasetDict` on disk (`train`, `validation`, `test`; columns `input_ids`, for two
+texts `input_ids_2`, and `labels`) and `prepared.json`, which says where it comes from. Id 0 is padding; byte or grey
+level `b` is `b + 1`.
 """
 
 import hashlib
@@ -116,14 +116,15 @@ def _listops_file(path: Path) -> Iterator[Row]:
         yield {"input_ids": [VOCABULARY[token] for token in tokens], "labels": int(value)}
 
 
-def from_text(source: str, seed: int) -> dict[str, Iterable[Row]]:
+def from_text(source: str, counts: Mapping[str, int | None], seed: int) -> dict[str, Iterable[Row]]:
     """Reviews, byte by byte: a data set of the Hub (`stanfordnlp/imdb`), or a folder or zip file.
 
-    A folder with `train` and `test` inside (IMDb as its authors distribute it) or the Hub says which reviews are for
-    testing; a tenth of the others is for validation. Else a tenth is for each, drawn with `seed`, as many of either label.
+    A folder with `train` and `test` inside (IMDb as its authors distribute it) or the Hub says which are for
+    testing; a tenth of the others is for validation. Else a tenth is for each, drawn with `seed` by label.
 
     Args:
         source: Name or path; files lie in folders `neg` and `pos`, others (`unsup`) are ignored.
+        counts: At most so many reviews of each part, as many of either label; `None`: all.
         seed: Of the draw.
     """
     path = Path(source)
@@ -140,7 +141,11 @@ def from_text(source: str, seed: int) -> dict[str, Iterable[Row]]:
     tenth = len(rows) // 10
     for part in held_out:
         parts[part], rows = rows[:tenth], rows[tenth:]
-    return parts | {"train": rows}
+    return {part: _at_most(counts[part], chosen, seed) for part, chosen in (parts | {"train": rows}).items()}
+
+
+def _at_most(count: int | None, rows: list[Row], seed: int) -> list[Row]:
+    return rows if count is None else [rows[i] for i in stratified_order([r["labels"] for r in rows], seed)[:count]]
 
 
 def _labelled(documents: Dataset) -> list[Row]:
@@ -183,7 +188,7 @@ def _retrieval_file(path: Path) -> Iterator[Row]:
 def from_pathfinder(source: Path | None, counts: Mapping[str, int], seed: int) -> dict[str, Iterable[Row]]:
     """Pathfinder: pictures of ours, or a folder such as `pathfinder32/curv_contour_length_14` of the release.
 
-    The release has no parts: as in Long Range Arena four fifths are for training and a tenth for validation and test each,
+    The release has no parts: as in Long Range Arena a tenth is for validation and a tenth for the test,
     here drawn with `seed`.
 
     Args:
@@ -212,9 +217,7 @@ def _metadata(path: Path) -> Iterator[tuple[str, int]]:
     for number, line in enumerate(_read(path).decode("utf-8", "replace").splitlines(), start=1):
         fields = line.split(" ")
         if len(fields) < 4 or fields[3] not in ("0", "1") or ".." in f"{fields[0]}/{fields[1]}".split("/"):
-            raise InputError(
-                f"{path}, line {number}, is {line[:60]!r}; expected are folder, file, number, label 0 or 1."
-            )
+            raise InputError(f"{path}, line {number}, is {line[:60]!r}; expected: folder, file, number, label 0 or 1.")
         yield f"{fields[0]}/{fields[1]}", int(fields[3])
 
 
@@ -248,7 +251,7 @@ def from_image(source: str) -> dict[str, Iterable[Row]]:
         train, test = ([_cifar_row(row) for row in _hub(source, split)] for split in ("train", "test"))
     elif (folder / "data_batch_1").exists():
         raise InputError(
-            f"{source} is the Python version of CIFAR-10, whose pickles can run any code when they are read. Download the "
+            f"{source} is the Python version of CIFAR-10, whose pickles can run any code when read. Download the "
             "binary version (cifar-10-binary.tar.gz)."
         )
     else:
@@ -261,9 +264,7 @@ def from_image(source: str) -> dict[str, Iterable[Row]]:
 def _cifar_file(path: Path) -> list[Row]:
     content = np.frombuffer(_read(path), np.uint8)
     if not len(content) or len(content) % 3073:
-        raise InputError(
-            f"{path} has {len(content)} bytes; expected are records of 3073, a label and 32 x 32 x 3 levels."
-        )
+        raise InputError(f"{path} has {len(content)} bytes; expected are records of 3073: label, 3 x 1024 levels.")
     records = content.reshape(-1, 3073)
     return [{"input_ids": level_ids(grey(r[1:].reshape(3, 32, 32))), "labels": int(r[0])} for r in records]
 

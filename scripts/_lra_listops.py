@@ -1,9 +1,9 @@
 """ListOps of Long Range Arena: random expressions of nested operators on digits, and their values.
 
-The specification is the published one (Tay et al. 2021, arXiv 2011.04006; after Nangia and Bowman 2018, arXiv 1804.06028):
-a node is an operator with probability 1/4, else a digit, and always a digit at the greatest depth, 10; an operator (MAX,
-MIN, MED, SM, the sum modulo 10) has 2 to 10 arguments; expressions whose length is not between 500 and 2000 tokens are
-thrown away. The value is the label.
+The specification is the published one (Tay et al. 2021, arXiv 2011.04006; after Nangia and Bowman 2018, arXiv
+1804.06028): a node is an operator with probability 1/4, else a digit, and always a digit at the greatest depth, 10; an
+operator (MAX, MIN, MED, SM, the sum modulo 10) has 2 to 10 arguments; expressions whose length is not between 500 and
+2000 tokens are thrown away. The value is the label.
 """
 
 import statistics
@@ -92,7 +92,7 @@ def generate(
 
 
 def parse(source: str) -> list[str]:
-    """Tokens of an expression as the files of Long Range Arena write it; round brackets, which say nothing, are left out.
+    """Tokens of an expression as Long Range Arena writes it; round brackets, which say nothing, are left out.
 
     Raises:
         ValueError: A token is not of ListOps.

@@ -13,6 +13,9 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 import hf_skein
 
 
+hf_skein.register_baselines()
+
+
 @dataclass(frozen=True)
 class Method:
     """A row of the tables: an attention implementation with its settings.
@@ -35,10 +38,21 @@ def _skeinformer(title: str, **ablation: Any) -> Method:
     return Method(title, "skein", {"method": "skeinformer", "num_columns": 256, "min_length": 0, **ablation})
 
 
+def _baseline(title: str, name: str) -> Method:
+    return Method(title, f"skein:{name}", {"num_columns": 128, "min_length": 0})  # the size in the paper's code
+
+
 METHODS = {
     "standard": Method("Standard", "sdpa", attention_dropout=0.1),
     "standard-no-dropout": Method("Standard, no dropout", "sdpa"),
     "vmean": Method("V-Mean", "skein", {"method": "vmean", "num_columns": 1, "min_length": 0}),
+    "linformer": _baseline("Linformer", "linformer"),
+    "linformer-jl": _baseline("Linformer, unreduced JL", "linformer-jl"),
+    "informer-unmasked": _baseline("Informer", "informer-unmasked"),
+    "informer": _baseline("Informer, padding mask", "informer"),
+    "nystromformer": _baseline("Nyströmformer", "nystromformer"),
+    "performer": _baseline("Performer", "performer"),
+    "bigbird": _baseline("BigBird", "bigbird"),
     "skeinformer": _skeinformer("Skeinformer"),
     "skeinformer-uniform": _skeinformer("- uniform columns", column_sampling="uniform"),
     "skeinformer-no-normalization": _skeinformer("- no row normalization", row_normalization="none"),

@@ -1,9 +1,9 @@
 """Pictures in the manner of Pathfinder: do two discs mark the ends of one dashed contour? Our own generator.
 
 Linsley et al. (2018, arXiv 1805.08315) proposed the task; Long Range Arena has it at 32 x 32. Here as there: two long
-contours of 14 dashes, shorter distractors of 4, dashes of length 2 with gaps of 1, discs of radius 1.5. Everything else (the
-random walk, how far contours keep apart, the drawing) is ours: these pictures are a stand-in, and accuracies on them are not
-comparable with those on the release's files.
+contours of 14 dashes, shorter distractors of 4, dashes of length 2 with gaps of 1, discs of radius 1.5. Everything else
+(the random walk, how far contours keep apart, the drawing) is ours: these pictures are a stand-in, and accuracies on
+them are not comparable with those on the files of the release.
 """
 
 from dataclasses import dataclass
@@ -65,7 +65,7 @@ def _contours(draw: np.random.Generator) -> tuple[np.ndarray, ...] | None:
 
 
 def _contour(draw: np.random.Generator, dashes: int, taken: np.ndarray) -> np.ndarray | None:
-    """A random walk of dashes `[dashes, 2, 2]` that keeps clear of `taken` points and of itself; None if it gets stuck."""
+    """A random walk `[dashes, 2, 2]` that keeps clear of `taken` points and of itself; None if it gets stuck."""
     position, angle = draw.uniform(RADIUS, SIZE - RADIUS, 2), draw.uniform(0, 2 * np.pi)
     result = np.empty((dashes, 2, 2))
     for i in range(dashes):

@@ -28,6 +28,8 @@ BEGIN, END = "<!-- made by scripts/lra.py report -->", "<!-- end -->"
 # What may differ between the runs of a task; all else must not, or they could not be compared.
 OF_A_RUN = ("method", "seed")
 
+NOT_RUN = "-"
+
 Record = dict[str, Any]
 
 
@@ -159,17 +161,17 @@ def _accuracy_table(record: Record, methods: list[str]) -> str:
             values = accuracies(rows_of(record, task, method))
             means += [statistics.mean(values)] if values else []
             cells.append(_cell(_mean_and_deviation(values), PAPER["accuracy"].get(method, {}).get(task)))
-        average = number(statistics.mean(means), ".2f") if len(means) == len(TASKS) else "–"
+        average = number(statistics.mean(means), ".2f") if len(means) == len(TASKS) else NOT_RUN
         cells.append(_cell(average, PAPER["average"].get(method)))
         table.append([METHODS[method].title, *cells])
-    guesses = [number(guess(record, task), ".2f") if task in record["tasks"] else "–" for task in TASKS]
-    table.append(["most frequent label", *guesses, "–"])
-    return "Mean and standard deviation over seeds; – was not run.\n\n" + _table(table)
+    guesses = [number(guess(record, task), ".2f") if task in record["tasks"] else NOT_RUN for task in TASKS]
+    table.append(["most frequent label", *guesses, NOT_RUN])
+    return f"Mean and standard deviation over seeds; {NOT_RUN} was not run.\n\n" + _table(table)
 
 
 def _mean_and_deviation(values: list[float]) -> str:
     if len(values) < 2:
-        return number(values[0], ".2f") if values else "–"
+        return number(values[0], ".2f") if values else NOT_RUN
     return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
 
 
@@ -193,7 +195,7 @@ def _cost_table(record: Record, task: str, methods: list[str]) -> str:
         paper = PAPER["minutes"].get(method, {}).get(task)
         if not rows:
             if paper is not None:
-                table.append([METHODS[method].title, _cell("–", paper), *["–"] * (len(header) - 2)])
+                table.append([METHODS[method].title, _cell(NOT_RUN, paper), *[NOT_RUN] * (len(header) - 2)])
             continue
         largest = rows[0]["largest_batch"]
         table.append(
@@ -202,7 +204,7 @@ def _cost_table(record: Record, task: str, methods: list[str]) -> str:
                 _cell(f"{minutes(rows):.2f}", paper),
                 f"{minutes(rows, 'training_cpu_seconds'):.2f}",
                 f"{statistics.median(row['peak_memory_mib'] for row in rows):,.0f}",
-                "–" if largest is None else str(largest),
+                NOT_RUN if largest is None else str(largest),
                 ", ".join(str(len(row["losses"])) for row in rows),
                 ", ".join(str(row["best_step"]) for row in rows),
             ]

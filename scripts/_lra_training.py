@@ -60,7 +60,7 @@ def run(
     Args:
         task: The task.
         data: Its prepared parts.
-        settings: All that determines the run, as JSON: `method`, `seed`, `batch_size` (examples per step), `micro_batch`
+        settings: All that determines the run, as JSON: `method`, `seed`, `batch_size` (per step), `micro_batch`
             (examples per process and forward pass), `learning_rate`, `warmup`, `steps`, `eval_every`, `patience`,
             `mixed_precision`, and what the data is.
         about: More for the record.

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from _finetuning import InputError, fraction, positive_int
+from _finetuning import InputError, positive_int
 from _lra_data import (
     PARTS,
     PATIENCE,
@@ -51,9 +51,7 @@ def make_parser() -> argparse.ArgumentParser:
     retrieval = tasks.add_parser("retrieval", help="new_aan_pairs.{train,eval,test}.tsv of the release")
     retrieval.add_argument("--source", type=Path, required=True, metavar="FOLDER", help="of the release")
     pathfinder = tasks.add_parser("pathfinder", help="pictures of our own generator, or of the release")
-    pathfinder.add_argument(
-        "--source", type=Path, metavar="FOLDER", help="as curv_contour_length_14 (default: generate)"
-    )
+    pathfinder.add_argument("--source", type=Path, metavar="FOLDER", help="of the release (default: generate)")
     image = tasks.add_parser("image", help="CIFAR-10 in grey levels")
     image.add_argument(
         "--source", default="uoft-cs/cifar10", help="folder of the binary version, or of the Hub (default %(default)s)"
@@ -61,6 +59,8 @@ def make_parser() -> argparse.ArgumentParser:
     for command, counts in ((listops, (96_000, 2_000, 2_000)), (pathfinder, (160_000, 20_000, 20_000))):
         for part, count in zip(PARTS, counts, strict=True):
             command.add_argument(f"--{part}", type=positive_int, default=count, metavar="N", help="default %(default)s")
+    for part in PARTS:
+        text.add_argument(f"--{part}", type=positive_int, metavar="N", help="at most so many (default: all)")
     for task in (listops, text, retrieval, pathfinder, image):
         task.add_argument("--seed", type=int, default=0, help="of what is drawn (default %(default)s)")
         task.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="must not exist")
@@ -73,7 +73,7 @@ def make_parser() -> argparse.ArgumentParser:
     budget = command.add_argument_group("budget, by default that of the paper's code")
     budget.add_argument("--batch-size", type=positive_int, metavar="N", help="examples per step")
     budget.add_argument(
-        "--micro-batch", type=positive_int, metavar="N", help="examples per pass (default: all of a step)"
+        "--micro-batch", type=positive_int, metavar="N", help="examples per pass (default: a whole step)"
     )
     budget.add_argument("--learning-rate", type=float, metavar="X", help="peak, after linear warmup")
     budget.add_argument("--warmup", type=int, metavar="STEPS")
@@ -86,14 +86,10 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("--largest-batch", action="store_true", help="also probe the largest batch that fits the GPU")
 
     command = commands.add_parser("report", help="merge runs into one record; tables beside the paper's, and a picture")
-    command.add_argument(
-        "runs", nargs="*", type=Path, metavar="FOLDER", help="of runs (default: the record that is there)"
-    )
+    command.add_argument("runs", nargs="*", type=Path, metavar="FOLDER", help="of runs (default: the record)")
     command.add_argument("--output", type=Path, required=True, help="path without suffix of the .json and .png")
     command.add_argument("--docs", type=Path, metavar="FILE", help="Markdown file whose marked part gets the tables")
-    command.add_argument(
-        "--check", action="store_true", help="write nothing; fail if --docs is not what the record says"
-    )
+    command.add_argument("--check", action="store_true", help="only see whether --docs is what the record says")
     return parser
 
 
@@ -109,7 +105,7 @@ def prepare(args: argparse.Namespace) -> dict[str, Any]:
         about["balanced"] = args.balanced
         parts = from_listops(args.source, counts, args.seed, args.balanced)
     elif args.task == "text":
-        parts = from_text(args.source, args.seed)
+        parts = from_text(args.source, counts, args.seed)
     elif args.task == "retrieval":
         parts = from_retrieval(args.source)
     elif args.task == "pathfinder":
@@ -138,7 +134,7 @@ def train(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def report(args: argparse.Namespace) -> dict[str, Any]:
-    """Prints the tables; writes the record and the picture of `runs`, and the tables into `docs`; returns the record."""
+    """Prints the tables; writes record and picture of `runs`, and the tables into `docs`; returns the record."""
     path = args.output.with_suffix(".json")
     if args.runs:
         record = merge(args.runs)

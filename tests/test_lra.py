@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 import _lra_training
 import lra
 from _finetuning import InputError
-from _lra_data import TASKS, collate, read_prepared, text_ids
+from _lra_data import TASKS, collate, read_prepared
 from _lra_model import METHODS, Classifier
 from _lra_training import Progress, largest_that_fits
 
@@ -25,12 +25,12 @@ REVIEWS = {"neg": "a dull and awful film ", "pos": "a fresh and moving film "}
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """Prepared reviews of one sentence; 32 to train on, 4 for validation, 4 for the test."""
+    """Prepared reviews, long enough to be sketched; 32 to train on, 4 for validation, 4 for the test."""
     folder = tmp_path_factory.mktemp("data")
     with zipfile.ZipFile(folder / "reviews.zip", "w") as archive:
         for label, sentence in REVIEWS.items():
             for i in range(20):
-                archive.writestr(f"reviews/{label}/{i}.txt", sentence * (1 + i % 3))
+                archive.writestr(f"reviews/{label}/{i}.txt", sentence * (13 + i % 3))
     lra.main(["prepare", "text", "--source", str(folder / "reviews.zip"), "--output", str(folder / "text")])
     return folder / "text"
 
@@ -132,7 +132,7 @@ def test_micro_batches_make_the_same_step(data):
     torch.testing.assert_close(whole, torch.autograd.grad(sum(halves) / 2, model.head[0].weight)[0])
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", sorted(METHODS.keys() - {"informer-unmasked"}))  # that one looks at padding
 def test_padding_and_neighbours_change_nothing(method):
     torch.manual_seed(0)
     model = Classifier(TASKS["listops"], METHODS[method]).double().eval()
@@ -196,7 +196,7 @@ def test_data_that_is_there_is_kept(data):
 
 def test_reviews_are_their_bytes(data):
     task, parts, prepared = read_prepared(data)
-    assert task is TASKS["text"] and len(text_ids("é")) == 2
+    assert task is TASKS["text"]
     sizes = {part: len(parts[part]) for part in parts}
     assert sizes == {"train": 32, "validation": 4, "test": 4}
     for part in parts:
@@ -204,5 +204,5 @@ def test_reviews_are_their_bytes(data):
         for row in parts[part]:
             sentence = REVIEWS["pos" if row["labels"] else "neg"]
             text = bytes(int(i) - 1 for i in row["input_ids"]).decode()
-            assert text in [sentence * k for k in (1, 2, 3)]
+            assert text in [sentence * k for k in (13, 14, 15)]
     Accelerator().free_memory()

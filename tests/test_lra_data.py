@@ -153,9 +153,9 @@ def test_pairs_of_papers_are_read(tmp_path):
     (release / "new_aan_pairs.test.tsv").write_bytes(content + b"1.0\tone text\n")
     with pytest.raises(InputError, match=r"test.tsv, line 3, has 2 fields"):
         prepare(tmp_path / "other", "retrieval", "--source", release)
-    records = lra.main(
-        ["train", "--data", str(tmp_path / "out"), "--methods", "adaptive", "--seeds", "0", "--output-dir", str(tmp_path / "runs"), "--steps", "1", "--batch-size", "2"]
-    )
+    budget = ["--methods", "adaptive", "--seeds", "0", "--steps", "1", "--batch-size", "2"]
+    folders = ["--data", str(tmp_path / "out"), "--output-dir", str(tmp_path / "runs")]
+    records = lra.main(["train", *folders, *budget])
     assert len(records[0]["losses"]) == 1
 
 

@@ -1,7 +1,7 @@
 """Tiny models trained from scratch: with the sketch they end where they end with exact attention.
 
-A document gives each of a few keys a value, once, at a place of its own; every other token names a key, and its label is
-that key's value. Every token must find one other token: a mean of all values (V-Mean) stays at chance.
+A document gives each of a few keys a value, once, at a place of its own; every other token names a key, and its label
+is that key's value. Every token must find one other token: a mean of all values (V-Mean) stays at chance.
 """
 
 import math

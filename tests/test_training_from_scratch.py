@@ -14,7 +14,7 @@ import hf_skein
 
 
 KEYS, VALUES, LENGTH = 4, 4, 96
-STEPS, BATCH, LEARNING_RATE = 120, 6, 5e-3
+STEPS, BATCH, LEARNING_RATE = 140, 6, 5e-3
 FIRST = 5  # token ids below are special: 1 pads, 2 is [CLS]; then come the keys, then the pairs of key and value
 CHANCE = math.log(VALUES)
 LEARNT = 0.25 * CHANCE

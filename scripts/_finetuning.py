@@ -26,9 +26,9 @@ from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import ProjectConfiguration, set_seed
 from datasets import Dataset
-from huggingface_hub import get_token
+from huggingface_hub import constants, get_token
 from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import is_offline_mode, validate_repo_id
+from huggingface_hub.utils import validate_repo_id
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import (
@@ -95,6 +95,10 @@ class Task:
         """
         return {}
 
+    def load_model(self, **config_fields: Any) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+        """The tokenizer, and the model with these fields in its configuration; pretrained, hence always the same."""
+        return load_model(self.auto_class, self.args, **config_fields)
+
     def encode(self, rows: Sequence[Row]) -> list[Row]:
         """The model's inputs for each row, cut to `args.max_length`, and `length`, the tokens before that."""
         texts = [row["text"] for row in rows]
@@ -104,6 +108,10 @@ class Task:
             {**{name: values[i] for name, values in inputs.items()}, "length": length}
             for i, length in enumerate(lengths)
         ]
+
+    def counts(self, encoded: Sequence[Row] | Dataset) -> dict[str, int]:
+        """What else is to be said about encoded documents, besides how many are truncated."""
+        return {}
 
     def collate(self, rows: Sequence[Row]) -> Batch:
         """A batch of encoded rows, padded."""
@@ -314,7 +322,7 @@ def _check_push(args: argparse.Namespace) -> None:
         raise InputError(f"--push-to-hub is for models with skein attention, not for --attn {args.attn}.")
     if args.lora and not args.lora_merge:
         raise InputError("--push-to-hub needs a whole model: add --lora-merge.")
-    if is_offline_mode():
+    if constants.HF_HUB_OFFLINE:
         raise InputError("--push-to-hub: the offline mode is on. Unset HF_HUB_OFFLINE.")
     if get_token() is None:
         raise InputError("--push-to-hub: there is no token. Log in with `hf auth login`, or set HF_TOKEN.")
@@ -460,14 +468,18 @@ def _run(task: Task, args: argparse.Namespace) -> dict[str, Any]:
     reader = Reader(columns, task.check, args.dataset_config)
     rows = split_rows(args, reader, task.stratum)
     fields = task.prepare(rows)
-    task.tokenizer, model = load_model(task.auto_class, args, **fields)
+    task.tokenizer, model = task.load_model(**fields)
     encoded = {part: encode(task, documents) for part, documents in rows.items()}
-    lengths = {part: length_statistics(documents["length"], args.max_length) for part, documents in encoded.items()}
+    lengths = {
+        part: length_statistics(documents["length"], args.max_length) | task.counts(documents)
+        for part, documents in encoded.items()
+    }
     for part, found in lengths.items():
         check_lengths(args, found, f"{part} documents")
+        say_counts(accelerator, part, found)
     size = args.batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     if args.streaming:
-        lengths["train"] = {"documents": 0, "truncated": 0}  # as far as this process reads
+        lengths["train"] = {"documents": 0, "truncated": 0}  # as far as they are read
         steps = stream_steps(task, args, reader, size, lengths["train"])
     else:
         steps = TableSteps(encoded["train"], size, args.seed)
@@ -490,9 +502,8 @@ def _run(task: Task, args: argparse.Namespace) -> dict[str, Any]:
         accelerator, task, model, steps, lambda model: evaluate(model, "validation")[0], args, settings
     )
     record = {**run_record(settings, model, progress), "lengths": lengths, **task.record()}
-    for part, found in lengths.items():
-        if found["truncated"]:
-            accelerator.print(f"{found['truncated']} of {found['documents']} {part} documents were truncated.")
+    if args.streaming:
+        say_counts(accelerator, "train", lengths["train"])
     predictions = None
     if "test" in rows:
         begin = time.perf_counter()
@@ -549,6 +560,8 @@ def stream_steps(
         encoded = task.encode(reader.checked(raw, args.dataset, stream.features, first))
         counts["documents"] += len(encoded)
         counts["truncated"] += sum(row["length"] > args.max_length for row in encoded)
+        for name, count in task.counts(encoded).items():
+            counts[name] = counts.get(name, 0) + count
         check_lengths(args, counts, "training documents")
         return encoded
 
@@ -580,6 +593,13 @@ def check_lengths(args: argparse.Namespace, found: Mapping[str, float], what: st
             + (f", the longest {found['max']}" if "max" in found else "")
             + "; raise --max-length, or give --too-long truncate."
         )
+
+
+def say_counts(accelerator: Accelerator, part: str, found: Mapping[str, float]) -> None:
+    """Says how many documents are truncated, and what else was counted."""
+    for name, count in found.items():
+        if count and name not in ("documents", "min", "median", "mean", "max"):
+            accelerator.print(f"{part}: {count} of {found['documents']} documents, {name.replace('_', ' ')}.")
 
 
 # What is left
@@ -643,7 +663,7 @@ def save_weights(
         unwrapped.peft_config["default"].base_model_name_or_path = public_settings(args, accelerator)["model"]
         unwrapped.save_pretrained(folder / "adapter", state_dict=weights, save_embedding_layers=False)
         # Loaded again, as a user would: what is written is known to be whole, and the model may be sharded.
-        _, base = load_model(task.auto_class, args, **fields)
+        _, base = task.load_model(**fields)
         if args.lora_merge:
             PeftModel.from_pretrained(base, folder / "adapter").merge_and_unload().save_pretrained(folder)
         else:

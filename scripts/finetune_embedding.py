@@ -8,8 +8,8 @@ of other processes included. An embedding is the mean of the last hidden states,
 
 More documents in a batch make a harder task: raise --batch-size as far as memory allows (--gradient-checkpointing
 helps; --gradient-accumulation-steps adds no wrong answers). Measured on held-out pairs: each query against all their
-documents. The folder given as --output-dir gets the encoder; load it with AutoModel and take the mean over the attention
-mask, or in sentence-transformers as docs/finetuning.md shows.
+documents. The folder given as --output-dir gets the encoder; load it with AutoModel and take the mean over the valid
+tokens, or in sentence-transformers as docs/finetuning.md shows.
 """
 
 import argparse

@@ -149,12 +149,14 @@ def batches(documents: Documents, size: int) -> Iterator[tuple[Tensor, Tensor]]:
     return zip(documents.ids.split(size), documents.labels.split(size), strict=True)
 
 
-def train(model: Classifier, steps: list[tuple[Tensor, Tensor]], method: str, args: argparse.Namespace) -> list[float]:
+def train(
+    model: Classifier, steps: list[tuple[Tensor, Tensor]], method: str, rate: float, args: argparse.Namespace
+) -> list[float]:
     """One optimizer step per batch, documents one after another where they are long; returns the losses.
 
     Without dropout, which of a dozen steps would make nothing but noise. The rate falls linearly after a short warmup.
     """
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01)
     warmup = max(1, len(steps) // 10)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda i: min((i + 1) / warmup, (len(steps) - i) / max(1, len(steps) - warmup))
@@ -194,21 +196,21 @@ def learn_short(
 ) -> list[dict[str, Any]]:
     """Trains on short documents, each batch of its own length, with exact attention; leaves the weights in a file."""
     draw = random.Random(args.seed)
-    lengths = [draw.randrange(SHORTEST, args.chunk + 1) for _ in range(args.short_steps)]
+    lengths = [draw.randrange(SHORTEST, args.short_length + 1) for _ in range(args.short_steps)]
     steps = []
     for i, length in enumerate(lengths):
         documents = write_documents(tokenizer, length, args.short_batch_size, f"short {args.seed} {i}")
         steps.append((documents.ids, documents.labels))
     use_attention(model.encoder, None)
     begin = time.perf_counter()
-    losses = train(model, steps, "exact", args)
+    losses = train(model, steps, "exact", args.short_learning_rate, args)
     seconds = time.perf_counter() - begin
-    accuracy = test(model, test_documents(args, tokenizer, args.chunk), "exact", args)
+    accuracy = test(model, test_documents(args, tokenizer, args.short_length), "exact", args)
     weights.parent.mkdir(parents=True, exist_ok=True)
     partial = weights.with_name(f"{weights.name}.new")
     torch.save(model.state_dict(), partial)
     partial.replace(weights)
-    row = {"method": "short", "length": args.chunk, "accuracy": accuracy, "training_seconds": seconds}
+    row = {"method": "short", "length": args.short_length, "accuracy": accuracy, "training_seconds": seconds}
     return [row | {"losses": losses}]
 
 
@@ -232,7 +234,7 @@ def run_case(
     documents = write_documents(tokenizer, length, args.train_documents, f"train {args.seed} {length}")
     with PeakMemory(args.device) as peak:
         begin = time.perf_counter()
-        losses = train(model, list(batches(documents, args.batch_size)), method, args)
+        losses = train(model, list(batches(documents, args.batch_size)), method, args.learning_rate, args)
         training = time.perf_counter() - begin
     begin = time.perf_counter()
     accuracy = test(model, test_documents(args, tokenizer, length), method, args)
@@ -293,12 +295,14 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         help="fields of skein's SkeinConfig (default: its own, and min_length=512)",
     )
     number("--train-documents", int, 24, "training documents of each length")
-    number("--test-documents", int, 48, "test documents of each length")
+    number("--test-documents", int, 32, "test documents of each length")
     number("--batch-size", int, 4, "documents per step")
-    number("--short-steps", int, 150, "steps on short documents")
-    number("--short-batch-size", int, 8, "short documents per step")
     number("--learning-rate", float, 1e-4, "peak")
-    number("--chunk", int, 512, "tokens of a truncated document, and most tokens of a chunk and of a short document")
+    number("--short-steps", int, 100, "steps on short documents")
+    number("--short-learning-rate", float, 3e-4, "peak, on short documents")
+    number("--short-length", int, 256, "most tokens of a short document")
+    number("--short-batch-size", int, 8, "short documents per step")
+    number("--chunk", int, 512, "tokens of a truncated document, and most tokens of a chunk")
     number("--tokens-per-pass", int, 4096, "documents go through the model together up to so many tokens")
     number("--seed", int, 0, "of the documents")
     args = parser.parse_args(argv)

@@ -384,12 +384,21 @@ def load_model(
         if args.attn == "skein":
             # Also without settings, so that the defaults of this version are saved with the model.
             hf_skein.configure(config, **skein_settings(args))
-        # The optimizer needs float32 weights even where the checkpoint is stored in half precision.
-        model = auto_class.from_pretrained(
-            args.model, config=config, attn_implementation=args.attn, dtype=torch.float32
+        # The optimizer needs float32 weights even where the checkpoint is stored in half precision. A head that does
+        # not fit the labels is replaced.
+        model, info = auto_class.from_pretrained(
+            args.model,
+            config=config,
+            attn_implementation=args.attn,
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
         )
     except (OSError, ValueError, ImportError) as error:
         raise InputError(f"--model {args.model} cannot be used: {error}") from error
+    damaged = [key for key, *_ in info["mismatched_keys"] if key.startswith(f"{model.base_model_prefix}.")]
+    if damaged:
+        raise InputError(f"--model {args.model} cannot be used: its {damaged[0]} does not fit its configuration.")
     limit = position_limit(model)
     args.max_length = args.max_length or limit
     if args.max_length is None:

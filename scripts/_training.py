@@ -167,7 +167,7 @@ class StreamSteps:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._state = copy.deepcopy(dict(state))
         self._open()
-        if self._state["taken"] < self._buffer:
+        if self._state["buffer"]:
             self._fill()
 
     def _open(self) -> None:

@@ -131,7 +131,9 @@ class Classification(Task):
             loss = functional.cross_entropy(logits, targets)
         else:
             loss = functional.binary_cross_entropy_with_logits(logits, targets)
-        found = self.metric.compute(predictions=self._decide(logits), references=targets.long().tolist())
+        if self.args.problem == "multi-label":
+            targets = targets.long()
+        found = self.metric.compute(predictions=self._decide(logits), references=targets.tolist())
         return {**found, "loss": loss.item()}
 
     def _decide(self, logits: torch.Tensor) -> list:

@@ -1,16 +1,13 @@
-"""What the tests of the fine-tuning scripts share: a tiny BERT, documents, and `scripts/` as a place to import from."""
+"""What the tests of the fine-tuning scripts share: a tiny BERT, documents, options."""
 
 import json
 import random
-import sys
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
 POSITIONS = 64
 WORDS = [f"w{i}" for i in range(20)]

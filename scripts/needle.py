@@ -275,7 +275,8 @@ def plot(record: dict[str, Any], output: Path) -> None:
     over_lengths(left, lengths, ylabel="test accuracy (dotted: chance)")
     over_lengths(right, lengths, ylabel="training: seconds per document", yscale="log")
     left.legend()
-    title = f"Two needles: {record['train_documents']} training, {record['test_documents']} test documents; {record['model']}"
+    counts = f"{record['train_documents']} training, {record['test_documents']} test documents"
+    title = f"Two needles: {counts}; {record['model']}"
     save_figure(figure, title, record, output)
 
 

@@ -25,7 +25,6 @@ COMMON |= {"max_position_embeddings": LENGTH + 2}
 SIZES = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
 FAMILIES = {
     "bert": SIZES | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
-    "roberta": SIZES | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
     "distilbert": {"dim": 64, "hidden_dim": 64, "n_layers": 1, "n_heads": 2, "dropout": 0.0, "attention_dropout": 0.0},
     "modernbert": SIZES,  # rotary positions, norms before the layers; layer 0 attends to everything
 }

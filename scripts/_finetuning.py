@@ -1,34 +1,30 @@
-"""What the fine-tuning scripts share: options, model and attention, LoRA, the run from data to record.
+"""What the fine-tuning scripts share: the task, the model and its attention, LoRA, the run from data to record.
 
-A script defines a `Task` and calls `finetune` with it; reading is in `_data`, the loop in `_training`.
+A script defines a `Task` and calls `run_script` with it. Reading is in `_data`, options in `_options`, the loop in
+`_training`, metrics in `_metrics`.
 """
 
 import argparse
-import dataclasses
 import hashlib
 import json
 import math
-import re
 import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import numpy as np
 import torch
-from _data import PARTS, InputError, Reader, Row, add_data_arguments, fraction, positive_int, split_rows
+from _data import PARTS, InputError, Reader, Row, add_data_arguments, split_rows
+from _options import add_model_arguments, add_training_arguments, check_options, skein_settings
 from _record import provenance, write_json
 from _training import Batch, Metrics, Progress, StreamSteps, TableSteps, fit, predict
 from accelerate import Accelerator
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import ProjectConfiguration, set_seed
-from datasets import Dataset
-from huggingface_hub import constants, get_token
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
+from datasets import Dataset, concatenate_datasets
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import (
@@ -44,7 +40,7 @@ from hf_skein.convert import extend_positions
 from hf_skein.hub import HubError, push
 
 
-__all__ = ["InputError", "Row", "Task", "finetune", "run_script"]
+ENCODED_AT_ONCE = 256  # documents
 
 
 class Task:
@@ -165,114 +161,6 @@ def label_order(names: Iterable[str]) -> list[str]:
     return sorted(names, key=lambda name: (int(name) if name.isdecimal() else math.inf, name))
 
 
-# Options
-
-
-def skein_help() -> dict[str, str]:
-    """What the documentation of `SkeinConfig` says about each field."""
-    text = hf_skein.SkeinConfig.__doc__.split("Args:\n")[1].split("\n\n")[0]
-    found = re.findall(r"^ {8}(\w+): (.*?)(?=^ {8}\w|\Z)", text, re.M | re.S)
-    return {name: re.sub(r"\s+", " ", about).replace("`", "").strip() for name, about in found}
-
-
-def json_object(text: str) -> dict[str, Any]:
-    """An argument that is a JSON object."""
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"{text!r} is no JSON object")
-    return value
-
-
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options that choose the pretrained model, its attention and its longest document."""
-    group = parser.add_argument_group("model and attention")
-    group.add_argument("--model", required=True, help="Hub id or folder of a pretrained encoder")
-    group.add_argument(
-        "--attn",
-        default="skein",
-        choices=("skein", "sdpa", "eager", "flash_attention_2"),
-        help="attention implementation (default %(default)s)",
-    )
-    group.add_argument("--max-length", type=positive_int, metavar="N", help="tokens (default: what the model takes)")
-    group.add_argument(
-        "--too-long",
-        default="truncate",
-        choices=("truncate", "error"),
-        help="what to do about a document of more than --max-length tokens (default %(default)s)",
-    )
-    group.add_argument(
-        "--positions",
-        default="tile",
-        choices=("tile", "interpolate"),
-        help="how to extend a learned position table that is shorter than --max-length (default %(default)s)",
-    )
-    group = parser.add_argument_group("skein attention", "Each field of SkeinConfig.")
-    hints, about = get_type_hints(hf_skein.SkeinConfig), skein_help()
-    for field in dataclasses.fields(hf_skein.SkeinConfig):
-        option = f"--skein-{field.name.replace('_', '-')}"
-        text = about[field.name].replace("%", "%%")
-        if hints[field.name] is bool:
-            group.add_argument(option, action=argparse.BooleanOptionalAction, help=text)
-        elif field.name == "layers":
-            group.add_argument(option, type=json_object, metavar="JSON", help=text)
-        else:
-            kind = int if hints[field.name] in (int, int | None) else str
-            group.add_argument(option, type=kind, metavar="N" if kind is int else "NAME", help=text)
-    group = parser.add_argument_group("LoRA", "Low-rank adapters in place of all weights; the head is trained fully.")
-    group.add_argument("--lora", action="store_true", help="train adapters; they are saved in the folder `adapter`")
-    group.add_argument(
-        "--lora-merge", action="store_true", help="save the model with its adapters merged, not the base beside them"
-    )
-    group.add_argument("--lora-rank", type=positive_int, default=8, metavar="N", help="default %(default)s")
-    group.add_argument("--lora-alpha", type=positive_int, default=16, metavar="N", help="default %(default)s")
-    group.add_argument("--lora-dropout", type=fraction, default=0.0, metavar="X", help="default %(default)s")
-    group.add_argument(
-        "--lora-target-modules",
-        nargs="+",
-        metavar="NAME",
-        help="names of linear layers, or all-linear (default: what peft knows of the architecture)",
-    )
-
-
-def add_training_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of the training loop and of its output."""
-    group = parser.add_argument_group("training")
-
-    def number(name: str, kind: Callable, default: float, text: str) -> None:
-        group.add_argument(name, type=kind, default=default, metavar="X", help=f"{text} (default %(default)s)")
-
-    number("--epochs", positive_int, 3, "passes over the training documents")
-    group.add_argument("--max-steps", type=positive_int, metavar="X", help="steps, in place of --epochs")
-    number("--batch-size", positive_int, 8, "documents per process and forward pass")
-    number("--gradient-accumulation-steps", positive_int, 1, "batches per optimizer step")
-    number("--learning-rate", float, 5e-5, "peak: after linear warmup, before linear decay")
-    number("--warmup-fraction", fraction, 0.1, "warmup as a share of all steps")
-    number("--weight-decay", float, 0.01, "of AdamW, for matrices; biases and norms have none")
-    number("--max-gradient-norm", float, 1.0, "clip gradients to this norm")
-    number("--seed", int, 0, "of new weights, dropout, splits and the order of documents")
-    group.add_argument(
-        "--evaluate-every", type=positive_int, metavar="STEPS", help="default: every epoch; with a stream, at the end"
-    )
-    group.add_argument(
-        "--patience", type=positive_int, metavar="N", help="stop after N evaluations that are no better than the best"
-    )
-    group.add_argument("--mixed-precision", choices=("no", "fp16", "bf16"), help="default: Accelerate's configuration")
-    group.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations to save memory")
-
-    group = parser.add_argument_group("output")
-    group.add_argument("--output-dir", type=Path, required=True, help="gets the model, the tokenizer and record.json")
-    group.add_argument("--save-every", type=positive_int, metavar="STEPS", help="checkpoint between evaluations, too")
-    group.add_argument("--tracker", choices=sorted(map(str, LOGGER_TYPE_TO_CLASS)), help="log there as well")
-    group.add_argument("--push-to-hub", metavar="REPO", help="upload the result, as `hf-skein push` does")
-    group.add_argument("--private", action="store_true", help="with --push-to-hub: create the repository as private")
-    existing = group.add_mutually_exclusive_group()
-    existing.add_argument("--resume", action="store_true", help="continue from the last complete checkpoint")
-    existing.add_argument("--overwrite", action="store_true", help="start anew in a folder that is not empty")
-
-
 def make_parser(task_class: type[Task]) -> argparse.ArgumentParser:
     """The command line of a script."""
     parser = argparse.ArgumentParser(
@@ -285,47 +173,6 @@ def make_parser(task_class: type[Task]) -> argparse.ArgumentParser:
     add_model_arguments(parser)
     add_training_arguments(parser)
     return parser
-
-
-def check_options(args: argparse.Namespace) -> None:
-    """What can be known before anything is read.
-
-    Raises:
-        InputError: Options contradict each other, the output folder holds something and neither --resume nor
-            --overwrite was given, a tracker is not installed, or nothing could be pushed in the end.
-    """
-    folder = args.output_dir
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"--output-dir {folder} is a file; name a folder.")
-    if folder.exists() and any(folder.iterdir()) and not (args.resume or args.overwrite):
-        raise InputError(f"--output-dir {folder} is not empty: add --resume or --overwrite, or name another.")
-    if args.streaming and args.max_steps is None:
-        raise InputError("--streaming needs --max-steps: the length of a stream is not known.")
-    if args.lora_merge and not args.lora:
-        raise InputError("--lora-merge needs --lora.")
-    settings = skein_settings(args)
-    if settings and args.attn != "skein":
-        raise InputError(f"--attn {args.attn} has no setting {', '.join(settings)}; that needs --attn skein.")
-    available = sorted(map(str, get_available_trackers()))
-    if args.tracker and args.tracker not in available:
-        raise InputError(f"--tracker {args.tracker} is not installed; installed are {', '.join(available) or 'none'}.")
-    if args.push_to_hub:
-        _check_push(args)
-
-
-def _check_push(args: argparse.Namespace) -> None:
-    try:
-        validate_repo_id(args.push_to_hub)
-    except HFValidationError as error:
-        raise InputError(f"--push-to-hub {args.push_to_hub} is no owner/name: {error}") from error
-    if args.attn != "skein":
-        raise InputError(f"--push-to-hub is for models with skein attention, not for --attn {args.attn}.")
-    if args.lora and not args.lora_merge:
-        raise InputError("--push-to-hub needs a whole model: add --lora-merge.")
-    if constants.HF_HUB_OFFLINE:
-        raise InputError("--push-to-hub: the offline mode is on. Unset HF_HUB_OFFLINE.")
-    if get_token() is None:
-        raise InputError("--push-to-hub: there is no token. Log in with `hf auth login`, or set HF_TOKEN.")
 
 
 def start(args: argparse.Namespace) -> Accelerator:
@@ -347,12 +194,6 @@ def start(args: argparse.Namespace) -> Accelerator:
 
 
 # Model
-
-
-def skein_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """The fields of `SkeinConfig` that were given."""
-    given = {f.name: getattr(args, f"skein_{f.name}") for f in dataclasses.fields(hf_skein.SkeinConfig)}
-    return {name: value for name, value in given.items() if value is not None}
 
 
 def position_limit(model: PreTrainedModel) -> int | None:
@@ -546,17 +387,12 @@ def run_script(task_class: type[Task]) -> None:
 
 def encode(task: Task, rows: Dataset) -> Dataset:
     """The rows as the task encodes them."""
-
-    def encode_batch(columns: dict[str, list]) -> dict[str, list]:
-        encoded = task.encode(
-            [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-        )
-        return {name: [row[name] for row in encoded] for name in encoded[0]}
-
-    fingerprint = hashlib.sha256(repr((task.args, rows._fingerprint)).encode()).hexdigest()[:16]
-    return rows.map(
-        encode_batch, batched=True, batch_size=256, remove_columns=rows.column_names, new_fingerprint=fingerprint
-    )
+    parts, features = [], None
+    for start in range(0, len(rows), ENCODED_AT_ONCE):
+        batch = rows.select(range(start, min(start + ENCODED_AT_ONCE, len(rows))))
+        parts.append(Dataset.from_list(task.encode(list(batch)), features=features))
+        features = parts[0].features
+    return concatenate_datasets(parts)
 
 
 def stream_steps(

@@ -112,7 +112,8 @@ class TableSteps:
 class StreamSteps:
     """The documents of one step after the other, from a stream that starts again at its end.
 
-    A buffer of so many steps is filled, and its documents are grouped by length as those of an epoch are.
+    A buffer of so many steps is filled, and its documents are grouped by length as those of an epoch are. Every process
+    reads all of it, so that neither their number nor a resumption changes a step.
 
     Args:
         stream: Raw rows.
@@ -363,7 +364,8 @@ def predict(
 ) -> list[Any]:
     """The results of every row of an encoded dataset, in its order, on every process."""
     model.eval()
-    order = sorted(range(len(dataset)), key=lambda i: len(dataset[i]["input_ids"]), reverse=True)
+    lengths = [len(tokens) for tokens in dataset["input_ids"]]
+    order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     found = []
     rounds = range(0, len(batches), accelerator.num_processes)

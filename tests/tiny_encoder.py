@@ -38,6 +38,8 @@ def make_encoder(folder: Path, model_class: type = BertModel, **config_fields) -
         intermediate_size=64,
         max_position_embeddings=POSITIONS,
         initializer_range=0.1,  # with the usual 0.02 so narrow a model starts slowly
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
         **config_fields,
     )
     model_class(config).save_pretrained(folder)

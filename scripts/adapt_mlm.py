@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 from _data import InputError, Reader, positive_int, split_rows
-from _finetuning import Row, Task, draw_learning_curve, encode, finetune, load_model, make_parser, write_json
+from _finetuning import Row, Task, draw_learning_curve, encode, finetune, make_parser, write_json
 from _training import Metrics, predict
 from accelerate import Accelerator
 from accelerate.utils import extract_model_from_parallel
@@ -45,15 +45,15 @@ class AutoModelWithHead:
     """`AutoModelForMaskedLM` that tells which weights the checkpoint lacks."""
 
     @staticmethod
-    def from_pretrained(name: str, **kwargs: Any) -> PreTrainedModel:
-        """As Transformers' method; prints the names of new weights."""
-        model, report = AutoModelForMaskedLM.from_pretrained(name, output_loading_info=True, **kwargs)
-        if report["missing_keys"]:
+    def from_pretrained(name: str, **kwargs: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+        """As Transformers' method with `output_loading_info=True`; prints the names of new weights."""
+        model, info = AutoModelForMaskedLM.from_pretrained(name, **(kwargs | {"output_loading_info": True}))
+        if info["missing_keys"]:
             print(
-                f"{Path(name).name} lacks {', '.join(sorted(report['missing_keys']))}: these weights are new. Train "
+                f"{Path(name).name} lacks {', '.join(sorted(info['missing_keys']))}: these weights are new. Train "
                 "them first on short pieces, with --attn sdpa --max-length 128, and adapt the result."
             )
-        return model
+        return model, info
 
 
 def text_table(path: Path, folder: Path, size: int) -> Path:
@@ -187,7 +187,7 @@ def evaluate_before(argv: Sequence[str] | None) -> Metrics:
     rows = split_rows(args, Reader({"text": args.text_column}, task.check, args.dataset_config))["validation"]
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
     torch.manual_seed(args.seed)
-    task.tokenizer, model = load_model(task.auto_class, args)
+    task.tokenizer, model = task.load_model()
     encoded = encode(task, rows)
     results = predict(accelerator, task, accelerator.prepare(model), encoded, args.batch_size)
     return task.metrics(results, rows, encoded)

@@ -28,22 +28,10 @@ from accelerate import PartialState
 from datasets import Dataset, Features, Value
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_gather
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
 
 PARTS = ("query", "document")
-
-
-class AutoEncoder:
-    """`AutoModel` without training of the pooler, which a mean of hidden states does not use."""
-
-    @staticmethod
-    def from_pretrained(name: str, **kwargs: Any) -> PreTrainedModel:
-        """As Transformers' method."""
-        model = AutoModel.from_pretrained(name, **kwargs)
-        if getattr(model, "pooler", None) is not None:
-            model.pooler.requires_grad_(False)
-        return model
 
 
 class Retrieval(LocalMetric):
@@ -64,7 +52,7 @@ class Embedding(Task):
     """Queries and documents near each other where they belong together."""
 
     description = __doc__
-    auto_class = AutoEncoder
+    auto_class = AutoModel
     columns: Mapping[str, str] = {"query": "query, or anchor", "document": "document that answers it, or positive"}
     best_metric = "mrr_at_10"
     lora_task = "FEATURE_EXTRACTION"
@@ -78,6 +66,13 @@ class Embedding(Task):
 
     def check(self, row: Row) -> Row:
         return check_text(row, *PARTS)
+
+    def load_model(self, **config_fields: Any) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+        """Without training of the pooler, which a mean of hidden states does not use."""
+        tokenizer, model = super().load_model(**config_fields)
+        if getattr(model, "pooler", None) is not None:
+            model.pooler.requires_grad_(False)
+        return tokenizer, model
 
     def encode(self, rows: Sequence[Row]) -> list[Row]:
         """`input_ids` are the document's, `query_ids` the query's; equal documents have the same number `document`."""

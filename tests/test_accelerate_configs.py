@@ -100,7 +100,7 @@ def sharded_steps(rank: int, folder: str) -> None:
 
 
 def test_two_sharded_processes_equal_one(tmp_path):
-    torch.multiprocessing.spawn(sharded_steps, (str(tmp_path),), nprocs=2)
+    torch.multiprocessing.start_processes(sharded_steps, (str(tmp_path),), 2, start_method="fork")
     found = torch.load(tmp_path / "result.pt")
     expected = two_steps(make_model(), make_batch())
     assert found.keys() == expected.keys()

@@ -85,7 +85,7 @@ def test_processes_share_their_documents(tmp_path):
     q, d, numbers = torch.randn(5, 7), torch.randn(5, 7), torch.tensor([3, 1, 4, 1, 5])
     d[3] = d[1]
     torch.save((q, d, numbers), tmp_path / "inputs.pt")
-    torch.multiprocessing.spawn(process_gradients, (str(tmp_path),), nprocs=2)
+    torch.multiprocessing.start_processes(process_gradients, (str(tmp_path),), 2, start_method="fork")
     q, d = q.requires_grad_(), d.requires_grad_()
     script.contrastive_loss(q, numbers, d, numbers, 0.5).backward()
     for rank in range(2):
@@ -142,12 +142,12 @@ def test_bad_pairs(tmp_path, encoder, rows, message):
 
 def test_sentence_transformers_loads_it(tmp_path, encoder):
     sentence_transformers = pytest.importorskip("sentence_transformers")
-    from sentence_transformers.models import Pooling, Transformer
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 
     AutoTokenizer.from_pretrained(encoder).save_pretrained(tmp_path)
     AutoModel.from_pretrained(encoder).save_pretrained(tmp_path)
     transformer = Transformer(str(tmp_path), model_args={"attn_implementation": "skein"})
-    pooling = Pooling(transformer.get_word_embedding_dimension(), "mean")
+    pooling = Pooling(transformer.get_embedding_dimension(), "mean")
     found = sentence_transformers.SentenceTransformer(modules=[transformer, pooling]).encode(
         ["w1 w2 w3"], normalize_embeddings=True
     )

@@ -78,7 +78,8 @@ def test_it_learns_and_reports_exact_and_sketched_loss(tmp_path, encoder, text):
     record = script.main(options(encoder, text, output, *more, "--batch-size", 4, "--epochs", 2))
     assert len(record["validation"]) == 3 and record["validation"][0]["step"] == 0
     before, after = record["validation"][0], record["validation"][-1]
-    assert after["loss"] < 0.7 * before["loss"] and after["exact_loss"] < 0.7 * before["exact_loss"]
+    chance = math.log(len(WORDS))  # what a model that looks at no other word can reach
+    assert max(after["loss"], after["exact_loss"]) < 0.95 * chance < min(before["loss"], before["exact_loss"])
     assert before["loss"] != before["exact_loss"]
     assert all(row["perplexity"] == pytest.approx(math.exp(row["loss"])) for row in record["validation"])
     assert json.loads((output / "record.json").read_text()) == json.loads(json.dumps(record))

@@ -112,4 +112,4 @@ def test_a_run_continues_after_an_interruption(tmp_path, monkeypatch):
 def test_lengths_that_one_chunk_could_hold_are_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         needle.main(["--output", str(tmp_path / "x"), "--lengths", "1000"])
-    assert "less than twice --chunk, 1024 tokens" in capsys.readouterr().err
+    assert "must have twice --chunk tokens, 1024, at least" in capsys.readouterr().err

@@ -179,6 +179,7 @@ def start(args: argparse.Namespace) -> Accelerator:
     """Checks the options; sets up devices and random numbers."""
     check_options(args)
     accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),  # else processes on CPUs would not find each other
         mixed_precision=args.mixed_precision,
         step_scheduler_with_optimizer=False,  # one scheduler step per step, however many processes there are
         log_with=args.tracker,

@@ -301,7 +301,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     number("--learning-rate", float, 1e-4, "peak")
     number("--short-steps", int, 100, "steps on short documents")
     number("--short-learning-rate", float, 3e-4, "peak, on short documents")
-    number("--short-length", int, 256, "most tokens of a short document")
+    number("--short-length", int, 160, "most tokens of a short document")
     number("--short-batch-size", int, 8, "short documents per step")
     number("--chunk", int, 512, "tokens of a truncated document, and most tokens of a chunk")
     number("--tokens-per-pass", int, 4096, "documents go through the model together up to so many tokens")

@@ -1,7 +1,10 @@
-"""What the fine-tuning scripts share: options, model and attention, batches, training loop, checkpoints, record."""
+"""What the fine-tuning scripts share: the task, the model and its attention, LoRA, the run from data to record.
+
+A script defines a `Task` and calls `run_script` with it. Reading is in `_data`, options in `_options`, the loop in
+`_training`, metrics in `_metrics`.
+"""
 
 import argparse
-import dataclasses
 import hashlib
 import json
 import math
@@ -9,136 +12,181 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from _data import PARTS, InputError, Reader, Row, add_data_arguments, split_rows
+from _options import add_model_arguments, add_training_arguments, check_options, skein_settings
 from _record import provenance, write_json
+from _training import Batch, Metrics, Progress, StreamSteps, TableSteps, fit, predict
 from accelerate import Accelerator
-from accelerate.utils import set_seed
-from datasets import Dataset
+from accelerate.utils import ProjectConfiguration, set_seed
+from datasets import Dataset, concatenate_datasets
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
-from transformers.trainer_pt_utils import get_length_grouped_indices
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 import hf_skein
 from hf_skein.convert import extend_positions
+from hf_skein.hub import HubError, push
 
 
-class InputError(Exception):
-    """The data or the options cannot be used; the message says what to change."""
+ENCODED_AT_ONCE = 256  # documents
 
 
-# Arguments
+class Task:
+    """What a script adds to a run. The defaults suit a model that is given text and returns its loss.
+
+    Attributes:
+        description: For `--help`: what the script does, and examples.
+        auto_class: The Auto class of the model.
+        columns: What a row has to have, and what that is, for `--help`; each gets an option `--NAME-column`.
+        best_metric: The validation metric that chooses the best checkpoint: the higher the better, but the lower if its
+            name ends in `loss`.
+        lora_task: Its name in peft (`"SEQ_CLS"`, ...), by which peft knows the head, which is trained fully.
+        args: The options.
+        tokenizer: Set when the model is loaded, before `encode`.
+    """
+
+    description: str
+    auto_class: type
+    columns: Mapping[str, str] = {"text": "text"}
+    best_metric = "loss"
+    lora_task: str | None = None
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.tokenizer: PreTrainedTokenizerBase
+
+    @staticmethod
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        """Adds the options that this task alone has."""
+
+    def check(self, row: Row) -> Row:
+        """A row (`name` and the columns) as the task needs it.
+
+        Raises:
+            ValueError: It is bad; the message ends the sentence "1 of 3 documents ...".
+        """
+        return check_text(row, "text")
+
+    def stratum(self, row: Row) -> str:
+        """Parts and subsets are stratified by this."""
+        return ""
+
+    def prepare(self, parts: Mapping[str, Dataset]) -> dict[str, Any]:
+        """Looks at all the rows, with no `train` among them when it is a stream; returns fields of the model's config.
+
+        Raises:
+            InputError: The rows do not fit together.
+        """
+        return {}
+
+    def load_model(self, **config_fields: Any) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+        """The tokenizer, and the model with these fields in its configuration; pretrained, hence always the same."""
+        return load_model(self.auto_class, self.args, **config_fields)
+
+    def encode(self, rows: Sequence[Row]) -> list[Row]:
+        """The model's inputs for each row, cut to `args.max_length`, and `length`, the tokens before that."""
+        texts = [row["text"] for row in rows]
+        lengths = [len(tokens) for tokens in self.tokenizer(texts, verbose=False)["input_ids"]]
+        inputs = self.tokenizer(texts, truncation=True, max_length=self.args.max_length)
+        return [
+            {**{name: values[i] for name, values in inputs.items()}, "length": length}
+            for i, length in enumerate(lengths)
+        ]
+
+    def counts(self, encoded: Sequence[Row] | Dataset) -> dict[str, int]:
+        """What else is to be said about encoded documents, besides how many are truncated."""
+        return {}
+
+    def collate(self, rows: Sequence[Row]) -> Batch:
+        """A batch of encoded rows, padded."""
+        rows = [{name: value for name, value in row.items() if name != "length"} for row in rows]
+        return DataCollatorWithPadding(self.tokenizer, pad_to_multiple_of=self.padding_multiple)(rows)
+
+    @property
+    def padding_multiple(self) -> int | None:
+        """8, which GPUs like, unless that would go past the last position."""
+        return 8 if self.args.max_length % 8 == 0 else None
+
+    def forward(self, model: nn.Module, batch: Batch) -> Any:
+        """What the model returns for a batch; its `loss` is a mean over `weight(batch)` terms."""
+        return model(**batch)
+
+    def weight(self, batch: Batch) -> int:
+        """How many terms the loss of a batch is a mean of."""
+        return len(batch["input_ids"])
+
+    def results(self, output: Any, batch: Batch) -> list[Any]:
+        """What an evaluation keeps of each row: plain Python or NumPy."""
+        raise NotImplementedError
+
+    def metrics(self, results: list[Any], rows: Dataset, encoded: Dataset) -> Metrics:
+        """Metrics of the results of all rows; among them `best_metric`."""
+        raise NotImplementedError
+
+    def predictions(self, results: list[Any], rows: Dataset, encoded: Dataset) -> list[Row]:
+        """What test_predictions.jsonl says of each row."""
+        return []
+
+    def record(self) -> dict[str, Any]:
+        """What record.json gets besides settings, losses and metrics."""
+        return {}
 
 
-def positive_int(text: str) -> int:
-    """An argument that counts something: an integer above 0."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not an integer above 0")
-    return value
+def check_text(row: Row, *columns: str) -> Row:
+    """`row`, if it has text in these columns.
+
+    Raises:
+        ValueError: It has not.
+    """
+    for column in columns:
+        if not (isinstance(row[column], str) and row[column].strip()):
+            raise ValueError(f"have no {column}")
+    return row
 
 
-def fraction(text: str) -> float:
-    """An argument from 0 (included) to 1 (excluded)."""
-    value = float(text)
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not in [0, 1)")
-    return value
+def label_order(names: Iterable[str]) -> list[str]:
+    """Names of labels in the order in which they are numbered: "10" comes after "9"."""
+    return sorted(names, key=lambda name: (int(name) if name.isdecimal() else math.inf, name))
 
 
-def skein_setting(text: str) -> tuple[str, Any]:
-    """Parses `key=value` into a field of `SkeinConfig` and its value, which is JSON or else a plain string."""
-    key, separator, value = text.partition("=")
-    fields = sorted(field.name for field in dataclasses.fields(hf_skein.SkeinConfig))
-    if not separator or key not in fields:
-        raise argparse.ArgumentTypeError(f"{text!r} is not key=value with a key among {', '.join(fields)}")
-    try:
-        return key, json.loads(value)
-    except json.JSONDecodeError:
-        return key, value
-
-
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options that choose the pretrained model, its attention and its longest document."""
-    group = parser.add_argument_group("model and attention")
-    group.add_argument("--model", required=True, help="Hub id or folder of a pretrained encoder")
-    group.add_argument(
-        "--attn",
-        default="skein",
-        choices=("skein", "sdpa", "eager", "flash_attention_2"),
-        help="attention implementation (default %(default)s)",
+def make_parser(task_class: type[Task]) -> argparse.ArgumentParser:
+    """The command line of a script."""
+    parser = argparse.ArgumentParser(
+        description=task_class.description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="%(prog)s --model MODEL --dataset DATASET --output-dir FOLDER [options]",
     )
-    group.add_argument(
-        "--max-length", type=positive_int, metavar="N", help="truncate to N tokens (default: what the model takes)"
-    )
-    group.add_argument(
-        "--positions",
-        default="tile",
-        choices=("tile", "interpolate"),
-        help="how to extend a learned position table that is shorter than --max-length (default %(default)s)",
-    )
-    group.add_argument("--method", help="skein: the sketch, as in SkeinConfig")
-    group.add_argument("--num-columns", type=int, metavar="N", help="skein: keys each query attends to exactly")
-    group.add_argument("--block-size", type=int, metavar="N", help="skein: queries that share their columns")
-    group.add_argument("--min-length", type=int, metavar="N", help="skein: exact attention up to N tokens")
-    group.add_argument(
-        "--skein",
-        type=skein_setting,
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="skein: any other field of SkeinConfig, the value as JSON; may be repeated",
-    )
-
-
-def add_training_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of the training loop and of its output."""
-    group = parser.add_argument_group("training")
-
-    def number(name: str, kind: Callable, default: float, text: str) -> None:
-        group.add_argument(name, type=kind, default=default, metavar="X", help=f"{text} (default %(default)s)")
-
-    number("--epochs", positive_int, 3, "passes over the training documents")
-    number("--batch-size", positive_int, 8, "documents per process and forward pass")
-    number("--gradient-accumulation-steps", positive_int, 1, "batches per optimizer step")
-    number("--learning-rate", float, 5e-5, "peak: after linear warmup, before linear decay")
-    number("--warmup-fraction", fraction, 0.1, "warmup as a share of all steps")
-    number("--weight-decay", float, 0.01, "of AdamW, for matrices; biases and norms have none")
-    number("--max-gradient-norm", float, 1.0, "clip gradients to this norm")
-    number("--seed", int, 0, "of new weights, dropout, splits and the order of documents")
-    group.add_argument("--mixed-precision", choices=("no", "fp16", "bf16"), help="default: Accelerate's configuration")
-    group.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations to save memory")
-
-    group = parser.add_argument_group("output")
-    group.add_argument("--output-dir", type=Path, required=True, help="gets the model, the tokenizer and record.json")
-    group.add_argument("--save-every", type=positive_int, metavar="STEPS", help="checkpoint within an epoch, too")
-    existing = group.add_mutually_exclusive_group()
-    existing.add_argument("--resume", action="store_true", help="continue from the last complete checkpoint")
-    existing.add_argument("--overwrite", action="store_true", help="start anew in a folder that is not empty")
+    task_class.add_arguments(parser)
+    add_data_arguments(parser, task_class.columns)
+    add_model_arguments(parser)
+    add_training_arguments(parser)
+    return parser
 
 
 def start(args: argparse.Namespace) -> Accelerator:
-    """Checks the output folder and sets up devices and random numbers.
-
-    Raises:
-        InputError: The output folder holds something and neither --resume nor --overwrite was given.
-    """
+    """Checks the options; sets up devices and random numbers."""
+    check_options(args)
     accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),  # else processes on CPUs would not find each other
         mixed_precision=args.mixed_precision,
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
         step_scheduler_with_optimizer=False,  # one scheduler step per step, however many processes there are
+        log_with=args.tracker,
+        project_config=ProjectConfiguration(str(args.output_dir), logging_dir=str(args.output_dir / "logs")),
     )
-    folder = args.output_dir
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"--output-dir {folder} is a file; name a folder.")
-    if folder.exists() and any(folder.iterdir()) and not (args.resume or args.overwrite):
-        raise InputError(f"--output-dir {folder} is not empty: add --resume or --overwrite, or name another.")
+    if accelerator.state.deepspeed_plugin is not None:  # it is not given a DataLoader to learn this from
+        accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = args.batch_size
     accelerator.wait_for_everyone()  # before any process fills the folder
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -146,7 +194,7 @@ def start(args: argparse.Namespace) -> Accelerator:
     return accelerator
 
 
-# Model and batches
+# Model
 
 
 def position_limit(model: PreTrainedModel) -> int | None:
@@ -172,22 +220,27 @@ def load_model(
     Raises:
         InputError: There is no such model, a setting is not allowed, or the model cannot take `--max-length` tokens.
     """
-    skein = {name: getattr(args, name) for name in ("method", "num_columns", "block_size", "min_length")}
-    skein = {name: value for name, value in skein.items() if value is not None} | dict(args.skein)
-    if skein and args.attn != "skein":
-        raise InputError(f"--attn {args.attn} has no setting {', '.join(skein)}; that needs --attn skein.")
     try:
         tokenizer = AutoTokenizer.from_pretrained(args.model)
         config = AutoConfig.from_pretrained(args.model, **config_fields)
         if args.attn == "skein":
             # Also without settings, so that the defaults of this version are saved with the model.
-            hf_skein.configure(config, **skein)
-        # The optimizer needs float32 weights even where the checkpoint is stored in half precision.
-        model = auto_class.from_pretrained(
-            args.model, config=config, attn_implementation=args.attn, dtype=torch.float32
+            hf_skein.configure(config, **skein_settings(args))
+        # The optimizer needs float32 weights even where the checkpoint is stored in half precision. A head that does
+        # not fit the labels is replaced.
+        model, info = auto_class.from_pretrained(
+            args.model,
+            config=config,
+            attn_implementation=args.attn,
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
         )
     except (OSError, ValueError, ImportError) as error:
         raise InputError(f"--model {args.model} cannot be used: {error}") from error
+    damaged = [key for key, *_ in info["mismatched_keys"] if key.startswith(f"{model.base_model_prefix}.")]
+    if damaged:
+        raise InputError(f"--model {args.model} cannot be used: its {damaged[0]} does not fit its configuration.")
     limit = position_limit(model)
     args.max_length = args.max_length or limit
     if args.max_length is None:
@@ -203,271 +256,199 @@ def load_model(
     return tokenizer, model
 
 
-class LengthGroupedBatches:
-    """A batch sampler whose batches hold documents of similar length.
-
-    With a seed the documents are shuffled, grouped and the batches shuffled again, as a function of the seed and of
-    `epoch` alone; without one the documents come from the longest to the shortest.
-    """
-
-    drop_last = False  # read by Accelerate, as `batch_size` is
-
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int | None = None) -> None:
-        self.lengths = list(lengths)
-        self.batch_size = batch_size
-        self.seed = seed
-        self.epoch = 0
-
-    def __len__(self) -> int:
-        return math.ceil(len(self.lengths) / self.batch_size)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        starts = range(0, len(self.lengths), self.batch_size)
-        if self.seed is None:
-            order = sorted(range(len(self.lengths)), key=self.lengths.__getitem__, reverse=True)
-            return iter([order[start : start + self.batch_size] for start in starts])
-        state = np.random.SeedSequence([self.seed, self.epoch]).generate_state(1)
-        generator = torch.Generator().manual_seed(int(state[0]))
-        order = get_length_grouped_indices(self.lengths, self.batch_size, generator=generator)
-        batches = [order[start : start + self.batch_size] for start in starts]
-        # An incomplete batch stays last: that is where Accelerate expects it when it shards batches over processes.
-        complete = len(self.lengths) // self.batch_size
-        shuffled = torch.randperm(complete, generator=generator).tolist()
-        return iter([batches[i] for i in shuffled] + batches[complete:])
-
-
-def make_loader(dataset: Dataset, collator: Callable, batch_size: int, seed: int | None = None) -> DataLoader:
-    """Batches of a tokenized dataset: shuffled for training if there is a seed, else with a column `index`."""
-    lengths = [len(tokens) for tokens in dataset["input_ids"]]
-    if seed is None:
-        dataset = dataset.add_column("index", list(range(len(dataset))))
-    # A generator of its own, because starting an epoch draws a number, which would move the dropout of a resumed run.
-    return DataLoader(
-        dataset,
-        batch_sampler=LengthGroupedBatches(lengths, batch_size, seed),
-        collate_fn=collator,
-        generator=torch.Generator(),
-    )
-
-
-# Training
-
-
-@dataclasses.dataclass
-class Progress:
-    """How far a run has come. It is part of every checkpoint, the best weights so far included."""
-
-    epoch: int = 0  # complete epochs
-    batch: int = 0  # batches of the running epoch that are done
-    step: int = 0
-    losses: list[float] = dataclasses.field(default_factory=list)  # one per step
-    validation: list[dict[str, float]] = dataclasses.field(default_factory=list)  # one per epoch
-    best_epoch: int | None = None
-    best_weights: dict[str, torch.Tensor] | None = None
-    training_seconds: float = 0.0
-    evaluation_seconds: float = 0.0
-
-    def state_dict(self) -> dict[str, Any]:
-        return dict(vars(self))
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        vars(self).update(state)
-
-
-def fit(
-    accelerator: Accelerator,
-    model: PreTrainedModel,
-    dataset: Dataset,
-    collator: Callable,
-    evaluate: Callable[[nn.Module], dict[str, float]],
-    metric: str,
-    args: argparse.Namespace,
-    settings: Mapping[str, Any],
-) -> tuple[nn.Module, Progress]:
-    """Trains, with an evaluation and a checkpoint after every epoch; continues from a checkpoint under `--resume`.
-
-    Args:
-        accelerator: From `start`.
-        model: Returns its loss when it is given a batch.
-        dataset: Tokenized training data.
-        collator: Makes a batch of rows of it.
-        evaluate: Validation metrics of a model.
-        metric: The name, among them, of the one the best epoch is chosen by; higher is better.
-        args: The options of `add_training_arguments`.
-        settings: All that determines the run, as JSON: a run is continued only under the same.
-
-    Returns:
-        The model as Accelerate prepared it, with the weights of the best epoch, and the progress at the end.
+def add_lora(model: PreTrainedModel, task: Task, args: argparse.Namespace) -> PeftModel:
+    """The model with adapters, which are trained, as is the head.
 
     Raises:
-        InputError: The run to resume had other settings.
-        RuntimeError: The loss is not finite.
+        InputError: peft does not know where to put them.
     """
-    folder = args.output_dir / "checkpoints"
-    if args.resume:
-        _check_same_run(folder, settings)
-    loader = make_loader(dataset, collator, args.batch_size, args.seed)
-    batches = loader.batch_sampler
-    matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
-    vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
-        lr=args.learning_rate,
+    targets = args.lora_target_modules
+    config = LoraConfig(
+        task_type=task.lora_task,
+        r=args.lora_rank,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        target_modules=targets[0] if targets == ["all-linear"] else targets,
     )
-    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-    steps = args.epochs * math.ceil(len(loader) / args.gradient_accumulation_steps)
-    scheduler = accelerator.prepare(get_scheduler("linear", optimizer, round(args.warmup_fraction * steps), steps))
-    progress = Progress()
-    accelerator.register_for_checkpointing(progress)
-    set_seed(args.seed, device_specific=True)  # another dropout on every process
-    if args.resume and load_checkpoint(accelerator, folder) is None:
-        accelerator.print("There is no checkpoint to resume from; starting anew.")
-    if accelerator.is_main_process:
-        if not args.resume:
-            shutil.rmtree(folder, ignore_errors=True)
-            (args.output_dir / "record.json").unlink(missing_ok=True)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "settings.json", settings)
-    accelerator.wait_for_everyone()
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise InputError(f"--lora: {error} Give --lora-target-modules.") from error
 
-    bar = tqdm(total=steps, initial=progress.step, unit="step", disable=not accelerator.is_main_process)
-    while progress.epoch < args.epochs:
-        batches.epoch = progress.epoch
-        _train_epoch(accelerator, model, optimizer, scheduler, loader, progress, args, bar)
+
+# The run
+
+
+def finetune(task_class: type[Task], argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Trains, tests, saves and pushes as the command line says; returns the record.
+
+    Raises:
+        InputError: The data or the options cannot be used, or memory is too small; the message says what to change.
+    """
+    args = make_parser(task_class).parse_args(argv)
+    try:
+        return _run(task_class(args), args)
+    except torch.OutOfMemoryError as error:
+        raise InputError(f"Out of memory. {_less_memory(args)} ({error})") from error
+    except RuntimeError as error:  # what PyTorch raises on a CPU
+        if "can't allocate memory" not in str(error):
+            raise
+        raise InputError(f"Out of memory. {_less_memory(args)} ({error})") from error
+
+
+def _less_memory(args: argparse.Namespace) -> str:
+    factor = args.gradient_accumulation_steps
+    ways = []
+    if args.batch_size > 1:
+        ways.append(
+            f"--batch-size {args.batch_size // 2} --gradient-accumulation-steps {factor * 2} (the same "
+            "steps, in smaller batches)"
+        )
+    if not args.gradient_checkpointing:
+        ways.append("--gradient-checkpointing")
+    if args.mixed_precision in (None, "no"):
+        ways.append("--mixed-precision bf16")
+    if not args.lora:
+        ways.append("--lora")
+    return f"Less of it take: {', '.join([*ways, f'a --max-length below {args.max_length}'])}."
+
+
+def _run(task: Task, args: argparse.Namespace) -> dict[str, Any]:
+    accelerator = start(args)
+    columns = {name: getattr(args, f"{name}_column") for name in task.columns}
+    reader = Reader(columns, task.check, args.dataset_config)
+    rows = split_rows(args, reader, task.stratum)
+    fields = task.prepare(rows)
+    task.tokenizer, model = task.load_model(**fields)
+    encoded = {part: encode(task, documents) for part, documents in rows.items()}
+    lengths = {
+        part: length_statistics(documents["length"], args.max_length) | task.counts(documents)
+        for part, documents in encoded.items()
+    }
+    for part, found in lengths.items():
+        check_lengths(args, found, f"{part} documents")
+        say_counts(accelerator, part, found)
+    size = args.batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    if args.streaming:
+        lengths["train"] = {"documents": 0, "truncated": 0}  # as far as they are read
+        steps = stream_steps(task, args, reader, size, lengths["train"])
+    else:
+        steps = TableSteps(encoded["train"], size, args.seed)
+    if args.lora:
+        model = add_lora(model, task, args)
+    settings = public_settings(args, accelerator) | {"data_sha256": _digest(rows)}
+    if not args.resume:
+        if accelerator.is_main_process:
+            clear_output(args.output_dir)
+        accelerator.wait_for_everyone()
+    if args.tracker:
+        plain = {name: value for name, value in settings.items() if isinstance(value, int | float | str)}
+        accelerator.init_trackers("finetuning", plain)
+
+    def evaluate(model: nn.Module, part: str) -> tuple[Metrics, list[Any]]:
+        results = predict(accelerator, task, model, encoded[part], args.batch_size)
+        return task.metrics(results, rows[part], encoded[part]), results
+
+    model, progress = fit(
+        accelerator, task, model, steps, lambda model: evaluate(model, "validation")[0], args, settings
+    )
+    record = {**run_record(settings, model, progress), "lengths": lengths, **task.record()}
+    if args.streaming:
+        say_counts(accelerator, "train", lengths["train"])
+    predictions = None
+    if "test" in rows:
         begin = time.perf_counter()
-        metrics = evaluate(model)
-        progress.evaluation_seconds += time.perf_counter() - begin
-        progress.epoch += 1
-        progress.batch = 0
-        progress.validation.append(metrics)
-        accelerator.print(f"epoch {progress.epoch}: " + ", ".join(f"{k} {v:.4f}" for k, v in metrics.items()))
-        if progress.best_epoch is None or metrics[metric] > progress.validation[progress.best_epoch - 1][metric]:
-            progress.best_epoch = progress.epoch
-            weights = accelerator.unwrap_model(model).state_dict()
-            progress.best_weights = {name: weight.to("cpu", copy=True) for name, weight in weights.items()}
-        save_checkpoint(accelerator, folder, progress.step)
-    bar.close()
-    accelerator.unwrap_model(model).load_state_dict(progress.best_weights)
-    return model, progress
-
-
-def _train_epoch(
-    accelerator: Accelerator,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scheduler: Any,
-    loader: DataLoader,
-    progress: Progress,
-    args: argparse.Namespace,
-    bar: tqdm,
-) -> None:
-    """The rest of an epoch, from batch `progress.batch` on."""
-    model.train()
-    losses = []
-    begin = time.perf_counter()
-    for batch in accelerator.skip_first_batches(loader, progress.batch):
-        with accelerator.accumulate(model):
-            loss = model(**batch).loss
-            accelerator.backward(loss)
-            if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(model.parameters(), args.max_gradient_norm)
-            optimizer.step()
-            optimizer.zero_grad()
-        progress.batch += 1
-        losses.append(loss.detach())
-        if not accelerator.sync_gradients:
-            continue
-        scheduler.step()
-        progress.step += 1
-        step_loss = accelerator.reduce(torch.stack(losses).mean(), "mean").item()
-        losses = []
-        if not math.isfinite(step_loss):
-            raise RuntimeError(
-                f"The loss is {step_loss} at step {progress.step}: lower --learning-rate, or use bf16 instead of fp16."
-            )
-        progress.losses.append(step_loss)
-        progress.training_seconds += time.perf_counter() - begin
-        bar.update()
-        bar.set_postfix(epoch=progress.epoch + 1, loss=f"{step_loss:.4f}")
-        # After the last batch of an epoch the checkpoint waits for the evaluation.
-        if args.save_every and progress.step % args.save_every == 0 and progress.batch < len(loader):
-            save_checkpoint(accelerator, args.output_dir / "checkpoints", progress.step)
-        begin = time.perf_counter()
-
-
-# Checkpoints: folders `step-XXXXXXXX` of `accelerator.save_state` with the digest of every file
-
-
-def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, keep: int = 2) -> None:
-    """Saves everything a run needs to continue, complete or not at all, and deletes all but the last `keep`."""
-    final = folder / f"step-{step:08d}"
-    partial = folder / f"{final.name}.partial"
+        metrics, results = evaluate(model, "test")
+        record["test"] = metrics | {"seconds": time.perf_counter() - begin}
+        accelerator.print("test: " + ", ".join(f"{name} {value:.4f}" for name, value in record["test"].items()))
+        accelerator.log({f"test/{name}": value for name, value in metrics.items()}, step=progress.step)
+        predictions = task.predictions(results, rows["test"], encoded["test"])
+    save_weights(accelerator, task, model, args, fields)
     if accelerator.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(partial))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        write_json(partial / "sha256.json", _digests(partial))
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        kept = [path for path in _checkpoints(folder) if path.name <= final.name][-keep:]
-        for path in set(_checkpoints(folder)) - set(kept):
-            shutil.rmtree(path)
-    accelerator.wait_for_everyone()
-
-
-def load_checkpoint(accelerator: Accelerator, folder: Path) -> Path | None:
-    """Restores the last complete checkpoint; returns its folder, or `None` if there is none."""
-    for path in reversed(_checkpoints(folder)):
-        # Digests are compared before anything is loaded: a bad file must not leave the model half overwritten.
+        save_record(args.output_dir, record, predictions)
+    accelerator.end_training()
+    if args.push_to_hub and accelerator.is_main_process:
         try:
-            expected = json.loads((path / "sha256.json").read_text())
-            damaged = sorted(name for name, digest in expected.items() if digest != _sha256(path / name))
-        except (OSError, ValueError) as error:
-            damaged = [f"{type(error).__name__}"]
-        if not damaged:
-            accelerator.load_state(str(path))
-            accelerator.print(f"Resuming from {path.name}.")
-            return path
-        accelerator.print(f"Skipping the checkpoint {path.name}: it is incomplete or damaged ({', '.join(damaged)}).")
-    return None
+            push(args.output_dir, args.push_to_hub, private=args.private)
+        except HubError as error:
+            raise InputError(f"{args.output_dir} is complete, but was not pushed. {error}") from error
+    return record
 
 
-def _checkpoints(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("step-*") if path.suffix != ".partial")
+def run_script(task_class: type[Task]) -> None:
+    """What a script does when it is run as a program: an `InputError` is a message and status 1."""
+    try:
+        finetune(task_class)
+    except InputError as error:
+        sys.exit(f"error: {error}")
 
 
-def _digests(folder: Path) -> dict[str, str]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): _sha256(path) for path in files}
+# Encoded documents
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+def encode(task: Task, rows: Dataset) -> Dataset:
+    """The rows as the task encodes them."""
+    parts, features = [], None
+    for start in range(0, len(rows), ENCODED_AT_ONCE):
+        batch = rows.select(range(start, min(start + ENCODED_AT_ONCE, len(rows))))
+        parts.append(Dataset.from_list(task.encode(list(batch)), features=features))
+        features = parts[0].features
+    return concatenate_datasets(parts)
 
 
-def _check_same_run(folder: Path, settings: Mapping[str, Any]) -> None:
-    path = folder / "settings.json"
-    if not path.exists():
-        return
-    before, now = json.loads(path.read_text(encoding="utf-8")), json.loads(json.dumps(settings))
-    changed = [
-        f"{name} (was {before.get(name)}, now {value})"
-        for name, value in now.items()
-        if value != before.get(name) and name not in ("output_dir", "resume", "overwrite", "save_every")
-    ]
-    if changed:
+def stream_steps(
+    task: Task, args: argparse.Namespace, reader: Reader, size: int, counts: dict[str, int]
+) -> StreamSteps:
+    """The steps of `--streaming`; `counts` is kept up to date."""
+    stream = reader.stream(args.dataset, args.train_split)
+
+    def prepare(raw: list[Row], first: int) -> list[Row]:
+        encoded = task.encode(reader.checked(raw, args.dataset, stream.features, first))
+        counts["documents"] += len(encoded)
+        counts["truncated"] += sum(row["length"] > args.max_length for row in encoded)
+        for name, count in task.counts(encoded).items():
+            counts[name] = counts.get(name, 0) + count
+        check_lengths(args, counts, "training documents")
+        return encoded
+
+    return StreamSteps(stream, prepare, size, args.seed, args.stream_buffer)
+
+
+def length_statistics(lengths: Sequence[int], max_length: int) -> dict[str, float]:
+    """Of the lengths of documents in tokens, before truncation."""
+    lengths = np.array(lengths)
+    return {
+        "documents": len(lengths),
+        "min": int(lengths.min()),
+        "median": float(np.median(lengths)),
+        "mean": float(lengths.mean()),
+        "max": int(lengths.max()),
+        "truncated": int((lengths > max_length).sum()),
+    }
+
+
+def check_lengths(args: argparse.Namespace, found: Mapping[str, float], what: str) -> None:
+    """Holds the number of truncated documents against `--too-long`.
+
+    Raises:
+        InputError: There are some, and it is `error`.
+    """
+    if found["truncated"] and args.too_long == "error":
         raise InputError(
-            f"--resume continues the same run, but these differ: {', '.join(changed)}. Or use --overwrite."
+            f"{found['truncated']} of {found['documents']} {what} have more than {args.max_length} tokens"
+            + (f", the longest {found['max']}" if "max" in found else "")
+            + "; raise --max-length, or give --too-long truncate."
         )
 
 
-# The record
+def say_counts(accelerator: Accelerator, part: str, found: Mapping[str, float]) -> None:
+    """Says how many documents are truncated, and what else was counted."""
+    for name, count in found.items():
+        if count and name not in ("documents", "min", "median", "mean", "max"):
+            accelerator.print(f"{part}: {count} of {found['documents']} documents, {name.replace('_', ' ')}.")
+
+
+# What is left
 
 
 def public_settings(args: argparse.Namespace, accelerator: Accelerator) -> dict[str, Any]:
@@ -479,26 +460,92 @@ def public_settings(args: argparse.Namespace, accelerator: Accelerator) -> dict[
     return settings | {"mixed_precision": accelerator.mixed_precision, "processes": accelerator.num_processes}
 
 
-def run_record(settings: Mapping[str, Any], model: PreTrainedModel, progress: Progress) -> dict[str, Any]:
+def run_record(settings: Mapping[str, Any], model: nn.Module, progress: Progress) -> dict[str, Any]:
     """What every script records about a run: settings, versions, hardware, commit, losses, time and memory."""
     return {
         "settings": dict(settings),
-        "skein": getattr(model.config, "skein", None),
-        **provenance("transformers", "accelerate", "datasets", "hf-skein"),
+        "skein": getattr(getattr(model, "module", model).config, "skein", None),
+        "parameters": {
+            "trained": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
+            "all": sum(parameter.numel() for parameter in model.parameters()),
+        },
+        **provenance("transformers", "accelerate", "datasets", "peft", "hf-skein"),
         "losses": progress.losses,
         "validation": progress.validation,
-        "best_epoch": progress.best_epoch,
+        "best_step": progress.best_step,
         "training_seconds": progress.training_seconds,
         "evaluation_seconds": progress.evaluation_seconds,
         "peak_memory_mib": peak_memory_mib(),
     }
 
 
-def save_run(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, record: dict[str, Any]) -> None:
-    """Writes the model, the tokenizer and record.json, which is last and so tells that the run is complete."""
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+def clear_output(folder: Path) -> None:
+    """Deletes what an earlier run wrote, so that nothing of it is taken for a result of this one."""
+    for name in ("checkpoints", "logs", "adapter", "base"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for name in ("record.json", "learning_curve.png", "test_predictions.jsonl", "config.json", "model.safetensors"):
+        (folder / name).unlink(missing_ok=True)
+
+
+def save_weights(
+    accelerator: Accelerator, task: Task, model: nn.Module, args: argparse.Namespace, fields: Mapping[str, Any]
+) -> None:
+    """Writes the model and the tokenizer; every process has to call it.
+
+    With LoRA the adapters go to `adapter`, and what they belong to, the extended position table included, to `base`;
+    or, merged with them, to where a model without LoRA goes.
+    """
+    folder = args.output_dir
+    weights = accelerator.get_state_dict(model)
+    unwrapped = accelerator.unwrap_model(model)
+    if not args.lora:
+        unwrapped.save_pretrained(
+            folder,
+            is_main_process=accelerator.is_main_process,
+            save_function=accelerator.save,
+            state_dict=weights,
+        )
+    elif accelerator.is_main_process:
+        unwrapped.peft_config["default"].base_model_name_or_path = public_settings(args, accelerator)["model"]
+        unwrapped.save_pretrained(folder / "adapter", state_dict=weights, save_embedding_layers=False)
+        # Loaded again, as a user would: what is written is known to be whole, and the model may be sharded.
+        _, base = task.load_model(**fields)
+        if args.lora_merge:
+            PeftModel.from_pretrained(base, folder / "adapter").merge_and_unload().save_pretrained(folder)
+        else:
+            base.save_pretrained(folder / "base")
+    if accelerator.is_main_process:
+        task.tokenizer.save_pretrained(folder)
+
+
+def save_record(folder: Path, record: dict[str, Any], predictions: list[Row] | None) -> None:
+    """Writes predictions, picture and record.json, which is last and so tells that the run is complete."""
+    if predictions is not None:
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in predictions]
+        (folder / "test_predictions.jsonl").write_text("".join(lines), encoding="utf-8")
+    draw_learning_curve(folder / "learning_curve.png", record)
     write_json(folder / "record.json", record)
+
+
+def draw_learning_curve(path: Path, record: Mapping[str, Any]) -> None:
+    """Training loss by step, and the validation metrics below it."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print('No learning curve: Matplotlib is not installed (pip install "hf-skein[plot]").')
+        return
+    names = [name for name in record["validation"][0] if name not in ("step", "epoch")]
+    figure = Figure(figsize=(6, 2.2 * (1 + len(names))), layout="constrained")
+    axes = figure.subplots(1 + len(names), sharex=True, squeeze=False)[:, 0]
+    axes[0].plot(range(1, len(record["losses"]) + 1), record["losses"], linewidth=1)
+    axes[0].set_ylabel("training loss")
+    at = [metrics["step"] for metrics in record["validation"]]
+    for axis, name in zip(axes[1:], names, strict=True):
+        axis.plot(at, [metrics[name] for metrics in record["validation"]], marker="o")
+        axis.axvline(record["best_step"], color="black", linestyle="dotted")
+        axis.set_ylabel(f"validation {name.replace('_', ' ')}")
+    axes[-1].set_xlabel("step (dotted: the best checkpoint)")
+    figure.savefig(path, dpi=120)
 
 
 def peak_memory_mib() -> float:
@@ -507,3 +554,11 @@ def peak_memory_mib() -> float:
         return torch.cuda.max_memory_allocated() / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10  # bytes there, KiB elsewhere
+
+
+def _digest(rows: Mapping[str, Dataset]) -> str:
+    digest = hashlib.sha256()
+    for part in PARTS:
+        for row in rows.get(part, ()):
+            digest.update(json.dumps(row).encode())
+    return digest.hexdigest()

@@ -34,8 +34,8 @@ from _benchmark import (
     start,
     use_attention,
 )
+from _data import fold_regex
 from _record import ResumableRecord
-from finetune_classification import fold_regex
 from sklearn.linear_model import LogisticRegression
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 

@@ -10,7 +10,6 @@ documents, demo.json and demo.png; another run replaces them.
 """
 
 import argparse
-import csv
 import json
 import os
 import random
@@ -27,11 +26,12 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import datasets
-import finetune_classification
 import matplotlib
 import torch
 import transformers
 from _benchmark import PeakMemory, find_minilm, format_table
+from _finetuning import finetune as run_finetuning
+from finetune_classification import Classification
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 
 from hf_skein.convert import extend_positions
@@ -223,11 +223,11 @@ def finetune(model: Path, data: Path, folder: Path, attention: str, max_length: 
     """Trains and tests with scripts/finetune_classification.py; returns accuracy, seconds and peak MiB."""
     arguments = ["--model", model, "--attn", attention, "--max-length", max_length, "--seed", seed, *TRAINING]
     if attention == "skein":  # letters are short, so that the demo is; skein would compute them exactly by default
-        arguments += ["--min-length", SHORT]
+        arguments += ["--skein-min-length", SHORT]
     arguments += ["--dataset", data / "train.jsonl", "--validation-file", data / "validation.jsonl"]
     arguments += ["--test-file", data / "test.jsonl", "--output-dir", folder, "--overwrite"]
     with PeakMemory() as peak:
-        record = finetune_classification.main([str(argument) for argument in arguments])
+        record = run_finetuning(Classification, [str(argument) for argument in arguments])
     shutil.rmtree(folder / "checkpoints")
     return {
         "tokens": max_length,
@@ -323,8 +323,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
     say('Reloading the skein model with from_pretrained(..., attn_implementation="skein").')
     saved = args.output_dir / "full-skein"
-    with open(saved / "test_predictions.csv", encoding="utf-8", newline="") as file:
-        before = [row["prediction"] for row in csv.DictReader(file)]
+    lines = (saved / "test_predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    before = [json.loads(line)["prediction"] for line in lines]
     after = predict_again(saved, [letter.text for letter in parts["test"][:RELOADED]])
     agree = sum(old == new for old, new in zip(before[:RELOADED], after, strict=True))
 

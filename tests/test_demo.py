@@ -92,15 +92,15 @@ def test_letters_that_do_not_fit_are_refused(tokenizer):
 def test_skein_sketches_every_letter(parts, tmp_path, monkeypatch):
     given = []
 
-    def main(arguments):
+    def finetune(task_class, arguments):
         given.append(arguments)
         (tmp_path / "checkpoints").mkdir()
         return {"test": {"accuracy": 1.0}, "training_seconds": 1.0}
 
-    monkeypatch.setattr(demo.finetune_classification, "main", main)
+    monkeypatch.setattr(demo, "run_finetuning", finetune)
     for attention in ("skein", "sdpa"):
         demo.finetune(tmp_path, tmp_path, tmp_path, attention, 2048, seed=0)
     skein, exact = given
-    min_length = int(skein[skein.index("--min-length") + 1])
+    min_length = int(skein[skein.index("--skein-min-length") + 1])
     assert min_length < min(letter.tokens for letters in parts.values() for letter in letters)
-    assert "--min-length" not in exact
+    assert "--skein-min-length" not in exact

@@ -1,0 +1,441 @@
+"""What all fine-tuning scripts share: the loop, processes, resuming after a kill, LoRA, streams, refusals."""
+
+import argparse
+import dataclasses
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import _finetuning as finetuning
+import _options
+import pytest
+import torch
+from _data import InputError
+from _finetuning import finetune
+from accelerate import Accelerator
+from finetune_classification import Classification
+from peft import PeftModel
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_encoder import make_documents, make_encoder, options, write_jsonl
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    RobertaConfig,
+    RobertaModel,
+)
+
+from hf_skein import SkeinConfig
+
+
+SCRIPTS = Path(finetuning.__file__).parent
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory) -> str:
+    return make_encoder(tmp_path_factory.mktemp("encoder"), BertForSequenceClassification)
+
+
+@pytest.fixture(scope="module")
+def reviews(tmp_path_factory) -> Path:
+    """80 documents."""
+    path = tmp_path_factory.mktemp("data") / "reviews.jsonl"
+    return write_jsonl(path, [{"text": text, "label": label} for text, label in make_documents(80)])
+
+
+def run(encoder: str, dataset: Path, output: Path, *more: object) -> dict:
+    return finetune(Classification, options(encoder, dataset, output, *more))
+
+
+# Options and model
+
+
+@pytest.mark.parametrize(
+    ("config_class", "model_class", "limit"), [(BertConfig, BertModel, 66), (RobertaConfig, RobertaModel, 64)]
+)
+def test_position_limit(config_class, model_class, limit):
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    config = config_class(vocab_size=9, max_position_embeddings=66, pad_token_id=1, **sizes)
+    model = model_class(config)
+    assert finetuning.position_limit(model) == limit
+    model(input_ids=torch.full((1, limit), 3))
+    with pytest.raises((IndexError, RuntimeError)):
+        model(input_ids=torch.full((1, limit + 1), 3))
+
+
+def test_every_field_of_skein_is_an_option():
+    parser = argparse.ArgumentParser()
+    _options.add_model_arguments(parser)
+    assert _options.skein_settings(parser.parse_args(["--model", "m"])) == {}
+    values = {
+        "method": "skeinformer",
+        "num_columns": 7,
+        "block_size": 8,
+        "max_blocks": 9,
+        "num_strata": 10,
+        "num_pilots": 11,
+        "column_sampling": "uniform",
+        "row_normalization": "simple",
+        "residual": "mean",
+        "pilot_reutilization": False,
+        "exact_rows": 2,
+        "min_length": 0,
+        "seed": 12,
+        "strict": True,
+        "backend": "torch",
+        "layers": {"0": {"method": "exact"}},
+    }
+    words = ["--model", "m"]
+    for name, value in values.items():
+        option = f"--skein-{name.replace('_', '-')}"
+        if isinstance(value, bool):
+            words.append(option if value else option.replace("--", "--no-", 1))
+        else:
+            words += [option, json.dumps(value) if isinstance(value, dict) else str(value)]
+    settings = _options.skein_settings(parser.parse_args(words))
+    assert settings == values and settings.keys() == {field.name for field in dataclasses.fields(SkeinConfig)}
+    assert SkeinConfig(**settings).layers == {0: {"method": "exact"}}
+    assert all(text.endswith(".") for text in _options.skein_help().values())
+    assert "Keys each query attends to exactly" in parser.format_help().replace("\n" + " " * 24, " ")
+
+
+# Resuming. 64 documents are 11 batches, 6 steps an epoch; the last step of an epoch is of one batch.
+
+
+ACCUMULATE = ("--batch-size", 6, "--gradient-accumulation-steps", 2, "--save-every", 2)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, encoder, reviews) -> tuple[Path, dict]:
+    output = tmp_path_factory.mktemp("runs") / "uninterrupted"
+    return output, run(encoder, reviews, output, *ACCUMULATE)
+
+
+def assert_same_run(output: Path, record: dict, reference: Path, expected: dict) -> None:
+    for key in ("losses", "validation", "best_step", "test"):
+        for found in (record, expected):
+            found.get("test", {}).pop("seconds", None)
+        assert record[key] == expected[key]
+    weights, wanted = load_file(output / "model.safetensors"), load_file(reference / "model.safetensors")
+    assert weights.keys() == wanted.keys() and all(torch.equal(weights[name], wanted[name]) for name in wanted)
+
+
+# Two processes that end as in a power failure: in a backward pass, and in the middle of writing a checkpoint.
+KILLED = """
+import os, signal, sys
+from accelerate import Accelerator
+from _finetuning import finetune
+from finetune_classification import Classification
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def die_in_a_step():
+    backward, passes = Accelerator.backward, []
+    def counted(self, loss, **kwargs):
+        passes.append(loss)
+        if len(passes) > 18:
+            die()
+        backward(self, loss, **kwargs)
+    Accelerator.backward = counted
+
+def die_while_saving():
+    save_state, saves = Accelerator.save_state, []
+    def half(self, folder):
+        saves.append(folder)
+        if len(saves) == 4:
+            os.makedirs(folder)
+            with open(os.path.join(folder, "model.safetensors"), "wb") as file:
+                file.write(b"half")
+            die()
+        return save_state(self, folder)
+    Accelerator.save_state = half
+
+folder, *words = sys.argv[1:]
+for when in (die_in_a_step, die_while_saving):
+    child = os.fork()
+    if child == 0:
+        when()
+        finetune(Classification, [*words, "--output-dir", os.path.join(folder, when.__name__)])
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+"""
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory, encoder, reviews) -> dict[str, Path]:
+    """Runs that were killed in step 10, and while the checkpoint of step 8 was written."""
+    folder = tmp_path_factory.mktemp("killed")
+    words = options(encoder, reviews, folder, *ACCUMULATE)
+    environment = {**os.environ, "PYTHONPATH": str(SCRIPTS), "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", KILLED, str(folder), *words], env=environment, check=True)
+    return {"step": folder / "die_in_a_step", "save": folder / "die_while_saving"}
+
+
+def test_killed_run_goes_on_exactly(capsys, encoder, reviews, uninterrupted, killed):
+    reference, expected = uninterrupted
+    checkpoints = killed["step"] / "checkpoints"
+    assert sorted(path.name for path in checkpoints.glob("step-*")) == ["step-00000006", "step-00000008"]
+    record = run(encoder, reviews, killed["step"], *ACCUMULATE, "--resume")
+    assert "Resuming from step-00000008" in capsys.readouterr().out
+    assert_same_run(killed["step"], record, reference, expected)
+    last = [folder / "checkpoints" / "step-00000012" / "model.safetensors" for folder in (killed["step"], reference)]
+    assert last[0].read_bytes() == last[1].read_bytes()
+    assert len(list(checkpoints.glob("step-*"))) <= 3
+
+
+def test_run_killed_while_it_saved_goes_on_exactly(capsys, encoder, reviews, uninterrupted, killed):
+    reference, expected = uninterrupted
+    names = sorted(path.name for path in (killed["save"] / "checkpoints").glob("step-*"))
+    assert names == ["step-00000004", "step-00000006", "step-00000008.partial"]
+    record = run(encoder, reviews, killed["save"], *ACCUMULATE, "--resume")
+    assert "Resuming from step-00000006" in capsys.readouterr().out
+    assert_same_run(killed["save"], record, reference, expected)
+
+
+def interrupt_after(monkeypatch, batches: int) -> None:
+    """Makes the backward pass of a later batch end the run as Ctrl-C does."""
+    backward, calls = Accelerator.backward, []
+
+    def interrupted(self, loss, **kwargs):
+        calls.append(loss)
+        if len(calls) > batches:
+            raise KeyboardInterrupt
+        backward(self, loss, **kwargs)
+
+    monkeypatch.setattr(Accelerator, "backward", interrupted)
+
+
+@pytest.mark.parametrize("damaged", ["model.safetensors", "random_states_0.pkl", "checkpoint.json"])
+def test_damaged_checkpoint_is_skipped(tmp_path, monkeypatch, capsys, encoder, reviews, uninterrupted, damaged):
+    reference, expected = uninterrupted
+    output = tmp_path / "run"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_after(patch, 18)  # in step 10, the fourth of the second epoch
+        run(encoder, reviews, output, *ACCUMULATE)
+    path = output / "checkpoints" / "step-00000008" / damaged
+    path.write_bytes(path.read_bytes()[:-40])
+    record = run(encoder, reviews, output, *ACCUMULATE, "--resume")
+    out = capsys.readouterr().out
+    assert "Skipping the checkpoint step-00000008: it is incomplete or damaged" in out
+    assert "Resuming from step-00000006" in out
+    assert_same_run(output, record, reference, expected)
+
+
+def test_a_run_is_resumed_under_its_own_settings_only(encoder, reviews, uninterrupted):
+    output, _ = uninterrupted
+    with pytest.raises(InputError, match=r"learning_rate \(was 0\.01, now 0\.1\)"):
+        run(encoder, reviews, output, *ACCUMULATE, "--resume", "--learning-rate", "0.1")
+    with pytest.raises(InputError, match="is not empty: add --resume or --overwrite"):
+        run(encoder, reviews, output)
+
+
+def test_best_checkpoint_and_early_stopping(tmp_path, monkeypatch, capsys, encoder, reviews):
+    """The second evaluation is the best one; two more, and the run stops and gives the weights of the second."""
+    metrics, values = Classification.metrics, iter([0.2, 0.9, 0.9, 0.1])
+
+    def scripted(self, results, rows, encoded):
+        found = metrics(self, results, rows, encoded)
+        return {**found, "accuracy": next(values, found["accuracy"])}
+
+    monkeypatch.setattr(Classification, "metrics", scripted)
+    output = tmp_path / "run"
+    record = run(encoder, reviews, output, "--evaluate-every", 2, "--patience", 2, "--max-steps", 20)
+    assert record["best_step"] == 4 and len(record["losses"]) == 8
+    assert [metrics["step"] for metrics in record["validation"]] == [2, 4, 6, 8]
+    assert "Stopping early: 2 evaluations without a better accuracy" in capsys.readouterr().out
+    saved, best = load_file(output / "model.safetensors"), output / "checkpoints" / "step-00000004"
+    assert all(torch.equal(weight, saved[name]) for name, weight in load_file(best / "model.safetensors").items())
+
+
+# Processes
+
+
+# MULTI_CPU would leave it to mpirun to start them.
+TWO_ON_A_CPU = """
+compute_environment: LOCAL_MACHINE
+distributed_type: MULTI_GPU
+use_cpu: true
+num_machines: 1
+num_processes: 2
+mixed_precision: 'no'
+"""
+
+
+def test_two_processes_are_one_with_their_batches_together(tmp_path, encoder, reviews):
+    more = ("--epochs", 1, "--learning-rate", "1e-3", "--attn", "skein", "--skein-min-length", 0)
+    more += ("--skein-num-columns", 8, "--max-train-documents", 23, "--gradient-accumulation-steps")
+    config = tmp_path / "cpu.yaml"
+    config.write_text(TWO_ON_A_CPU)
+    port = str(random.randrange(20_000, 40_000))
+    launch = ["-m", "accelerate.commands.launch", "--config_file", str(config), "--main_process_port", port]
+    words = options(encoder, reviews, tmp_path / "two", *more, 1, "--batch-size", 4)
+    script = str(SCRIPTS / "finetune_classification.py")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, *launch, script, *words], env=environment)
+    without_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    assert BertConfig.from_pretrained(encoder).to_dict().items() >= without_dropout.items()
+    one = run(encoder, reviews, tmp_path / "one", *more, 1, "--batch-size", 8)
+    accumulated = run(encoder, reviews, tmp_path / "accumulated", *more, 4, "--batch-size", 2)
+    assert process.wait() == 0
+    two = json.loads((tmp_path / "two" / "record.json").read_text())
+    assert two["settings"]["processes"] == 2 and len(two["losses"]) == 3
+    for other in (two, accumulated):
+        assert other["losses"] == pytest.approx(one["losses"], rel=1e-4)
+        assert other["test"]["loss"] == pytest.approx(one["test"]["loss"], rel=1e-3)
+
+
+# LoRA
+
+
+LORA = ("--lora", "--lora-rank", 4, "--max-length", 72, "--learning-rate", "2e-2", "--epochs", 3)
+
+
+@torch.no_grad()
+def logits_of(model: torch.nn.Module, folder: Path) -> torch.Tensor:
+    texts = [text for text, _ in make_documents(8, seed=3)]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return model.eval()(**tokenizer(texts, truncation=True, padding=True, return_tensors="pt")).logits
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "skein"])
+def test_lora_is_saved_loaded_and_merged(tmp_path, encoder, reviews, attn):
+    more = ("--attn", attn, "--skein-min-length", 0, "--skein-num-columns", 8) if attn == "skein" else ("--attn", attn)
+    record = run(encoder, reviews, tmp_path / "lora", *LORA, *more)
+    assert record["parameters"]["trained"] < 0.1 * record["parameters"]["all"]
+    assert sum(record["losses"][-4:]) < 0.8 * sum(record["losses"][:4])
+    folder = tmp_path / "lora"
+    assert not (folder / "model.safetensors").exists()
+    base = AutoModelForSequenceClassification.from_pretrained(folder / "base", attn_implementation=attn)
+    assert base.config.max_position_embeddings == 72  # the table that was extended from 64
+    adapted = PeftModel.from_pretrained(base, folder / "adapter")
+    expected = logits_of(adapted, folder)
+    assert str(tmp_path) not in (folder / "adapter" / "adapter_config.json").read_text()
+
+    run(encoder, reviews, folder, *LORA, *more, "--resume", "--lora-merge")
+    merged = AutoModelForSequenceClassification.from_pretrained(folder, attn_implementation=attn)
+    assert type(merged) is BertForSequenceClassification and merged.config.max_position_embeddings == 72
+    torch.testing.assert_close(logits_of(merged, folder), expected, atol=1e-4, rtol=1e-4)
+    untouched = load_file(folder / "base" / "model.safetensors")["bert.encoder.layer.0.output.dense.weight"]
+    assert torch.equal(merged.bert.encoder.layer[0].output.dense.weight, untouched)
+    query = load_file(folder / "base" / "model.safetensors")["bert.encoder.layer.0.attention.self.query.weight"]
+    assert not torch.equal(merged.bert.encoder.layer[0].attention.self.query.weight, query)
+
+
+def test_lora_where_peft_knows_no_layer(tmp_path, encoder, reviews):
+    with pytest.raises(InputError, match="Give --lora-target-modules"):
+        run(encoder, reviews, tmp_path / "run", "--lora", "--lora-target-modules", "colour")
+    assert not (tmp_path / "run").exists()
+
+
+# Streams, trackers
+
+
+def test_streamed_run_goes_on_exactly(tmp_path, monkeypatch, encoder, reviews):
+    stream = ("--streaming", "--stream-buffer", 3, "--labels", "neg", "pos", "--validation-file", reviews)
+    more = (*stream, "--max-steps", 12, "--save-every", 2, "--attn", "sdpa", "--batch-size", 7)
+    expected = run(encoder, reviews, tmp_path / "whole", *more)
+    assert "test" not in expected and expected["lengths"]["train"]["documents"] == 84  # 12 steps, of 3 a buffer
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_after(patch, 9)
+        run(encoder, reviews, tmp_path / "run", *more)
+    record = run(encoder, reviews, tmp_path / "run", *more, "--resume")
+    assert_same_run(tmp_path / "run", {**record, "test": {}}, tmp_path / "whole", {**expected, "test": {}})
+
+    bad = write_jsonl(tmp_path / "bad.jsonl", [{"text": "w1", "label": "other"}])
+    with pytest.raises(InputError, match="1 of 1 documents have a label that is not among --labels"):
+        run(encoder, bad, tmp_path / "bad", *more)
+
+
+def test_tensorboard(tmp_path, encoder, reviews):
+    record = run(encoder, reviews, tmp_path / "run", "--tracker", "tensorboard", "--epochs", 1)
+    events = EventAccumulator(str(tmp_path / "run" / "logs" / "finetuning")).Reload()
+    assert [event.value for event in events.Scalars("loss")] == pytest.approx(record["losses"])
+    assert [event.step for event in events.Scalars("loss")] == list(range(1, 9))
+    assert events.Scalars("validation/accuracy")[0].value == pytest.approx(record["validation"][0]["accuracy"])
+    assert events.Scalars("learning_rate")[-1].value < events.Scalars("learning_rate")[1].value
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--model", "no/such/folder"], "--model no/such/folder cannot be used"),
+        (["--skein-num-columns", "8"], "needs --attn skein"),
+        (["--attn", "skein", "--skein-num-columns", "0"], "num_columns is 0"),
+        (["--too-long", "error"], r"\d+ of 64 train documents have more than 64 tokens, the longest \d+"),
+        (["--streaming"], "--streaming needs --max-steps"),
+        (["--lora-merge"], "--lora-merge needs --lora"),
+        (["--tracker", "clearml"], "--tracker clearml is not installed; installed are .*tensorboard"),
+        (["--push-to-hub", "a/b/c"], "--push-to-hub a/b/c is no owner/name"),
+        (["--push-to-hub", "a/b"], "for models with skein attention"),
+        (["--push-to-hub", "a/b", "--attn", "skein", "--lora"], "add --lora-merge"),
+        (["--push-to-hub", "a/b", "--attn", "skein"], "the offline mode is on"),
+    ],
+)
+def test_refused_before_anything_is_written(tmp_path, encoder, reviews, more, message):
+    with pytest.raises(InputError, match=message):
+        run(encoder, reviews, tmp_path / "run", *more)
+    assert not (tmp_path / "run").exists()
+
+
+def test_pushing_needs_a_token(tmp_path, monkeypatch, encoder, reviews):
+    monkeypatch.setattr(_options.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(_options, "get_token", lambda: None)
+    with pytest.raises(InputError, match="there is no token"):
+        run(encoder, reviews, tmp_path / "run", "--attn", "skein", "--push-to-hub", "a/b")
+
+
+def test_result_is_pushed(tmp_path, monkeypatch, encoder, reviews):
+    pushed = []
+    monkeypatch.setattr(finetuning, "check_options", lambda args: None)  # it is tested above, and would refuse
+    monkeypatch.setattr(finetuning, "push", lambda folder, repo, private: pushed.append((folder, repo, private)))
+    more = ("--attn", "skein", "--epochs", 1, "--push-to-hub", "a/b", "--private")
+    run(encoder, reviews, tmp_path / "run", *more)
+    assert pushed == [(tmp_path / "run", "a/b", True)]
+    assert (tmp_path / "run" / "record.json").exists()
+
+    def fail(*args, **kwargs):
+        raise finetuning.HubError("No connection.")
+
+    monkeypatch.setattr(finetuning, "push", fail)
+    with pytest.raises(InputError, match=r"is complete, but was not pushed\. No connection"):
+        run(encoder, reviews, tmp_path / "again", *more)
+
+
+def test_out_of_memory_names_the_options_that_help(tmp_path, monkeypatch, encoder, reviews):
+    def fail(self, model, batch):
+        raise torch.OutOfMemoryError("Tried to allocate 8 GiB.")
+
+    monkeypatch.setattr(Classification, "forward", fail)
+    message = (
+        r"Out of memory\. Less of it take: --batch-size 4 --gradient-accumulation-steps 2 .*, "
+        r"--gradient-checkpointing, --mixed-precision bf16, --lora, a --max-length below 64\. "
+        r"\(Tried to allocate 8 GiB\.\)"
+    )
+    with pytest.raises(InputError, match=message):
+        run(encoder, reviews, tmp_path / "run")
+
+
+def test_a_refusal_is_a_message_and_status_1(monkeypatch, tmp_path):
+    words = options("m", tmp_path / "missing.csv", tmp_path / "run")
+    monkeypatch.setattr(sys, "argv", ["finetune_classification.py", *words])
+    with pytest.raises(SystemExit, match=r"error: There is no file .*missing\.csv"):
+        finetuning.run_script(Classification)
+
+
+def test_more_tokens_than_the_model_takes(tmp_path, monkeypatch, encoder, reviews):
+    def refuse(*args, **kwargs):
+        raise ValueError("It has no table.")
+
+    monkeypatch.setattr(finetuning, "extend_positions", refuse)
+    with pytest.raises(InputError, match=r"the model takes 64 tokens. It has no table"):
+        run(encoder, reviews, tmp_path / "run", "--max-length", 65)

@@ -109,7 +109,7 @@ def check_same_run(folder: Path, settings: Mapping[str, Any]) -> None:
     ]
     if changed:
         raise InputError(
-            f"--resume continues the same run, but these differ: {', '.join(changed)}. Or use --overwrite."
+            f"{folder.parent} holds a run with another {', '.join(changed)}; delete it or name another --output-dir."
         )
 
 

@@ -18,18 +18,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from _finetuning import InputError
+from _data import PARTS, InputError, Reader, Row, stratified_order
+from _finetuning import check_text
 from _lra_listops import VOCABULARY, generate, parse
 from _lra_pathfinder import draw_picture
 from _record import write_json
 from datasets import Dataset, DatasetDict, Features, Sequence, Value, concatenate_datasets, load_dataset
-from finetune_classification import load_documents, stratified_order
 from torch import Tensor
 from tqdm.auto import tqdm
-
-
-PARTS = ("train", "validation", "test")
-Row = dict[str, Any]  # input_ids (and input_ids_2): array of ids; labels: int
 
 
 @dataclass(frozen=True)
@@ -127,13 +123,14 @@ def from_text(source: str, counts: Mapping[str, int | None], seed: int) -> dict[
         counts: At most so many reviews of each part, as many of either label; `None`: all.
         seed: Of the draw.
     """
+    read = Reader({"text": "text", "label": "label"}, lambda row: check_text(row, "text")).read
     path = Path(source)
     if path.is_dir() and (path / "train").is_dir() and (path / "test").is_dir():
-        train, test = load_documents(path / "train"), load_documents(path / "test")
+        train, test = read(path / "train"), read(path / "test")
     elif path.exists():
-        train, test = load_documents(path), None
+        train, test = read(path), None
     else:
-        train, test = load_documents(source, split="train"), load_documents(source, split="test")
+        train, test = read(source, "train"), read(source, "test")
     parts = {"train": _labelled(train), "test": [] if test is None else _labelled(test)}
     rows = parts["train"]
     rows = [rows[i] for i in stratified_order([row["labels"] for row in rows], seed)]
@@ -151,12 +148,12 @@ def _at_most(count: int | None, rows: list[Row], seed: int) -> list[Row]:
 def _labelled(documents: Dataset) -> list[Row]:
     label = {"neg": 0, "pos": 1, "0": 0, "1": 1}
     rows = [
-        {"input_ids": byte_ids(text.encode("utf-8")), "labels": label[name]}
+        {"input_ids": byte_ids(text.encode("utf-8")), "labels": label[str(name)]}
         for text, name in zip(documents["text"], documents["label"], strict=True)
-        if name in label
+        if str(name) in label
     ]
     if not rows:
-        raise InputError(f"The labels are {sorted(set(documents['label']))}; expected are neg and pos.")
+        raise InputError(f"The labels are {sorted(set(map(str, documents['label'])))}; expected are neg and pos.")
     return rows
 
 

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from _benchmark import new_figure, number, save_figure
-from _finetuning import InputError
+from _data import InputError
 from _lra_data import TASKS
 from _lra_model import METHODS
 
 
-# Chen et al., "Sketching as a Tool for Understanding and Accelerating Self-attention for Long Sequences", NAACL 2022,
-# arXiv 2112.05359, Tables 1 and 2 (V100, 16 GB). Only figures that could be checked are here.
+# As reported for the paper's Tables 1 and 2 (Skeinformer and standard only): Chen et al., "Sketching as a Tool for
+# Understanding and Accelerating Self-attention for Long Sequences", NAACL 2022, arXiv 2112.05359; V100, 16 GB.
 PAPER = {
     "accuracy": {
         "standard": {"text": 57.69, "listops": 38.15, "retrieval": 80.10, "pathfinder": 73.59, "image": 37.97},
@@ -72,11 +72,13 @@ def merge(folders: Iterable[Path]) -> Record:
         double = next(key for key in keys if keys.count(key) > 1)
         raise InputError(f"There are two runs of {', '.join(map(str, double))}; delete one.")
     left_out = ("settings", "data", "versions", "hardware")
+    commits = {run["commit"] for run in runs}
     return {
         "script": "lra.py",
         "device": first["settings"]["device"],
         "versions": first["versions"],
         "hardware": first["hardware"],
+        "commit": first["commit"] if len(commits) == 1 else None,  # else the rows say which
         "tasks": tasks,
         "rows": [
             dict(zip(("task", *OF_A_RUN), key, strict=True))

@@ -20,7 +20,7 @@ from accelerate.utils import gather_object, send_to_device, set_seed
 from datasets import Dataset, IterableDataset
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, get_scheduler
+from transformers import get_scheduler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 
@@ -221,6 +221,7 @@ class Progress:
     validation: list[Metrics] = dataclasses.field(default_factory=list)  # with `step` and `epoch`
     best_step: int = 0  # 0: there was no evaluation yet
     training_seconds: float = 0.0
+    training_cpu_seconds: float = 0.0  # of this process, all its threads together
     evaluation_seconds: float = 0.0
 
     def since_best(self) -> int:
@@ -237,7 +238,7 @@ class Progress:
 def fit(
     accelerator: Accelerator,
     task: Objective,
-    model: PreTrainedModel,
+    model: nn.Module,
     steps: TableSteps | StreamSteps,
     evaluate: Callable[[nn.Module], Metrics],
     args: argparse.Namespace,
@@ -286,7 +287,7 @@ def fit(
 
     bar = tqdm(total=total, initial=progress.step, unit="step", disable=not accelerator.is_main_process)
     while progress.step < total and (args.patience is None or progress.since_best() < args.patience):
-        begin = time.perf_counter()
+        begin, cpu_begin = time.perf_counter(), time.process_time()
         loss = _train_step(accelerator, task, model, optimizer, next(steps), args)
         rate = scheduler.get_last_lr()[0]
         scheduler.step()
@@ -297,6 +298,7 @@ def fit(
             )
         progress.losses.append(loss)
         progress.training_seconds += time.perf_counter() - begin
+        progress.training_cpu_seconds += time.process_time() - cpu_begin
         accelerator.log({"loss": loss, "learning_rate": rate}, step=progress.step)
         bar.update()
         bar.set_postfix(epoch=f"{steps.epoch:.2f}", loss=f"{loss:.4f}")

@@ -15,9 +15,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from _finetuning import InputError, positive_int
+from _data import PARTS, InputError, positive_int
 from _lra_data import (
-    PARTS,
     PATIENCE,
     TASKS,
     from_image,
@@ -73,7 +72,7 @@ def make_parser() -> argparse.ArgumentParser:
     budget = command.add_argument_group("budget, by default that of the paper's code")
     budget.add_argument("--batch-size", type=positive_int, metavar="N", help="examples per step")
     budget.add_argument(
-        "--micro-batch", type=positive_int, metavar="N", help="examples per pass (default: a whole step)"
+        "--micro-batch", type=positive_int, metavar="N", help="examples per process and pass (default: a whole step)"
     )
     budget.add_argument("--learning-rate", type=float, metavar="X", help="peak, after linear warmup")
     budget.add_argument("--warmup", type=int, metavar="STEPS")

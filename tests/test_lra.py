@@ -12,12 +12,12 @@ from accelerate import Accelerator
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
-import _lra_training
+import _training
 import lra
-from _finetuning import InputError
+from _data import InputError
 from _lra_data import TASKS, collate, read_prepared
 from _lra_model import METHODS, Classifier
-from _lra_training import Progress, largest_that_fits
+from _lra_training import Classification, largest_that_fits
 
 
 REVIEWS = {"neg": "a dull and awful film ", "pos": "a fresh and moving film "}
@@ -64,15 +64,15 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(data, tmp_path, mon
     (whole,) = train(data, tmp_path / "whole", *options)
     assert [row["step"] for row in whole["evaluations"]] == [5, 10, 12]
 
-    note, calls = _lra_training._note, []
+    save, calls = _training.save_checkpoint, []
 
-    def killed(progress, *rest):
-        calls.append(progress.step)
+    def killed(accelerator, folder, step, best):
+        calls.append(step)
         if calls == [5, 10]:
             raise KeyboardInterrupt
-        note(progress, *rest)
+        save(accelerator, folder, step, best)
 
-    monkeypatch.setattr(_lra_training, "_note", killed)
+    monkeypatch.setattr(_training, "save_checkpoint", killed)
     with pytest.raises(KeyboardInterrupt):
         train(data, tmp_path / "cut", *options)
     (resumed,) = train(data, tmp_path / "cut", *options)
@@ -87,49 +87,40 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(data, tmp_path, mon
 
 
 def test_it_stops_when_the_loss_no_longer_falls_and_tests_the_best_weights(data, tmp_path, monkeypatch):
-    losses, weights, tested = iter([0.6, 0.5, 0.7, 0.8, 0.4]), [], []
-    metrics = _lra_training.classification_metrics
+    losses, weights = iter([0.6, 0.5, 0.7, 0.8, 0.4]), []
+    predict, metrics = Classification.forward, Classification.metrics
 
-    def scripted(logits, labels):
-        result = metrics(logits, labels)
-        return result | {"loss": next(losses)}
+    def watched(self, model, batch):
+        if not model.training:
+            weights.append({name: weight.clone() for name, weight in model.state_dict().items()})
+        return predict(self, model, batch)
 
-    note = _lra_training._note
+    def scripted(self, results, dataset):
+        return metrics(self, results, dataset) | {"loss": next(losses)}
 
-    def noting(progress, metrics, model):
-        note(progress, metrics, model)
-        weights.append({name: weight.clone() for name, weight in model.state_dict().items()})
-
-    predict = _lra_training.predict
-
-    def predicting(accelerator, model, loader):
-        tested.append({name: weight.clone() for name, weight in model.state_dict().items()})
-        return predict(accelerator, model, loader)
-
-    monkeypatch.setattr(_lra_training, "classification_metrics", scripted)
-    monkeypatch.setattr(_lra_training, "_note", noting)
-    monkeypatch.setattr(_lra_training, "predict", predicting)
+    monkeypatch.setattr(Classification, "forward", watched)
+    monkeypatch.setattr(Classification, "metrics", scripted)
     options = ("--methods", "vmean", "--seeds", "0", "--eval-every", "2", "--patience", "2")
     (record,) = train(data, tmp_path, *options)
     assert len(record["losses"]) == 8 and record["best_step"] == 4
-    assert all(torch.equal(tested[-1][name], weights[1][name]) for name in weights[1])
-    assert not all(torch.equal(tested[-1][name], weights[3][name]) for name in weights[3])
+    *evaluated, tested = weights  # at steps 2, 4, 6, 8; with 4 examples each is one batch
+    assert len(evaluated) == 4
+    assert [all(torch.equal(tested[k], then[k]) for k in tested) for then in evaluated] == [False, True, False, False]
 
 
-def test_the_batch_must_be_divisible(data, tmp_path):
-    with pytest.raises(InputError, match="cannot be made of 3 examples"):
-        train(data, tmp_path / "runs", "--micro-batch", "3")
-    assert not (tmp_path / "runs").exists()
+def test_any_micro_batch_makes_the_same_steps(data, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.nn.functional.dropout", lambda x, *args, **kwargs: x)
+    options = ("--methods", "skeinformer", "--seeds", "0", "--steps", "2")
+    (whole,), (parts,) = (train(data, tmp_path / size, *options, "--micro-batch", size) for size in "43")
+    assert parts["losses"] == pytest.approx(whole["losses"], rel=1e-5)
+    assert parts["test"] == pytest.approx(whole["test"], rel=1e-4)
 
 
-def test_micro_batches_make_the_same_step(data):
-    _, parts, _ = read_prepared(data)
-    torch.manual_seed(0)
-    model = Classifier(TASKS["text"], METHODS["standard"]).double().eval()
-    batch = collate([parts["train"][i] for i in range(4)])
-    whole = torch.autograd.grad(model(**batch).loss, model.head[0].weight)[0]
-    halves = [model(**{name: value[part] for name, value in batch.items()}).loss for part in (slice(2), slice(2, 4))]
-    torch.testing.assert_close(whole, torch.autograd.grad(sum(halves) / 2, model.head[0].weight)[0])
+def test_a_folder_with_other_things_is_refused(data, tmp_path):
+    (tmp_path / "text-vmean-0").mkdir()
+    (tmp_path / "text-vmean-0" / "record.json").write_text("{}")
+    with pytest.raises(InputError, match="is not empty and holds no run"):
+        train(data, tmp_path, "--methods", "vmean", "--seeds", "0")
 
 
 @pytest.mark.parametrize("method", sorted(METHODS.keys() - {"informer-unmasked"}))  # that one looks at padding
@@ -175,13 +166,6 @@ def test_the_largest_batch_is_found(most):
 
     assert largest_that_fits(fits) == min(most, 4096)
     assert max(asked) <= 4096 and len(asked) <= 26
-
-
-def test_progress_survives_a_checkpoint():
-    progress = Progress(step=3, losses=[0.5], best=0, best_weights={"x": torch.ones(2)})
-    copy = Progress()
-    copy.load_state_dict(progress.state_dict())
-    assert copy == progress
 
 
 def test_data_that_is_there_is_kept(data):

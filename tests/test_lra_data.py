@@ -15,8 +15,8 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
 import lra
-from _finetuning import InputError
-from _lra_data import PARTS, TASKS, grey, read_prepared, write_prepared
+from _data import PARTS, InputError
+from _lra_data import TASKS, grey, read_prepared, write_prepared
 from _lra_listops import TOKENS, generate, parse
 from _lra_pathfinder import CLEARANCE, GAP, draw_picture
 

@@ -11,7 +11,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
 import lra
-from _finetuning import InputError
+from _data import InputError
 from _lra_data import TASKS
 from _lra_model import METHODS
 from _lra_report import BEGIN, END, PAPER, accuracies, guess, merge, minutes
@@ -79,6 +79,7 @@ def test_tables_hold_what_was_run_and_nothing_else(tmp_path, capsys):
     rows = [row for row in record["rows"] if row["task"] == "text"]
     assert accuracies(rows) == [25, 50, 75]
     assert minutes(rows) == pytest.approx(1.8 / 3 * 1000 / 60) == 2 * minutes(rows, "training_cpu_seconds")
+    assert record["commit"] == "c"
     assert json.loads((tmp_path / "lra.json").read_text()) == record
     assert (tmp_path / "lra.png").stat().st_size > 10_000
     assert docs.read_text() == f"before\n{BEGIN}\n\n{text.rstrip()}\n\n{END}\nafter\n"

@@ -257,22 +257,10 @@ def test_best_checkpoint_and_early_stopping(tmp_path, monkeypatch, capsys, encod
 # Processes
 
 
-# MULTI_CPU would leave it to mpirun to start them.
-TWO_ON_A_CPU = """
-compute_environment: LOCAL_MACHINE
-distributed_type: MULTI_GPU
-use_cpu: true
-num_machines: 1
-num_processes: 2
-mixed_precision: 'no'
-"""
-
-
 def test_two_processes_are_one_with_their_batches_together(tmp_path, encoder, reviews):
     more = ("--epochs", 1, "--learning-rate", "1e-3", "--attn", "skein", "--skein-min-length", 0)
     more += ("--skein-num-columns", 8, "--max-train-documents", 23, "--gradient-accumulation-steps")
-    config = tmp_path / "cpu.yaml"
-    config.write_text(TWO_ON_A_CPU)
+    config = SCRIPTS / "accelerate_configs" / "cpu.yaml"
     port = str(random.randrange(20_000, 40_000))
     launch = ["-m", "accelerate.commands.launch", "--config_file", str(config), "--main_process_port", port]
     words = options(encoder, reviews, tmp_path / "two", *more, 1, "--batch-size", 4)

@@ -53,7 +53,7 @@ def symmetric_product(
     o_p, o_tile = tl.arange(0, P), tl.arange(0, P // BK)
     b_tiles = tl.reshape(b_x, [P // BK, BK, WIDTH])
     b_product = tl.zeros([P, WIDTH], tl.float32)
-    for i in tl.static_range(0, P // BK):
+    for i in range(0, P // BK):  # not unrolled: all tiles would be in shared memory at a time
         o_k = i * BK + tl.arange(0, BK)
         # [P, BK], [BK, WIDTH]
         b_matrix = load_rows(p_matrix, p, o_p, o_p < p, o_k, o_k < p) / largest

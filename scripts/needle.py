@@ -8,8 +8,9 @@ The label tells whether they agree, so neither statement alone says anything abo
   the exclusive or: at most three of the four cases can be right;
 - exact attention and skein read the whole document.
 
-An encoder learns the task once on short documents, which all four methods would treat alike. From those weights each
-method is trained on a few documents of each length, and tested on others.
+An encoder learns the task once on short documents, which all four methods would treat alike: at first on two statements
+and little else, then on ever longer ones. (Begun with the longest of them it stays at chance.) From those weights
+each method is trained on a few documents of each length, and tested on others.
 
     python scripts/needle.py --output benchmarks/results/needle
 
@@ -49,7 +50,7 @@ from hf_skein import SkeinConfig
 
 
 METHODS = ("truncated", "pooled", "exact", "skein")
-SHORTEST = 64  # of the short documents
+SHORTEST = 48  # tokens of the first short documents
 
 # What the two statements may look like, and the words for yes and no.
 STATEMENTS = (
@@ -149,6 +150,12 @@ def batches(documents: Documents, size: int) -> Iterator[tuple[Tensor, Tensor]]:
     return zip(documents.ids.split(size), documents.labels.split(size), strict=True)
 
 
+def classify(model: Classifier, ids: Tensor, method: str, args: argparse.Namespace) -> Tensor:
+    """Logits `[documents, 2]` in float32 of whole documents `[documents, length]`."""
+    with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.bf16):
+        return model(cut(ids.to(args.device), method, args.chunk)).float()
+
+
 def train(
     model: Classifier, steps: list[tuple[Tensor, Tensor]], method: str, rate: float, args: argparse.Namespace
 ) -> list[float]:
@@ -166,7 +173,7 @@ def train(
         pieces = max(1, args.tokens_per_pass // ids.shape[1])
         total = 0.0
         for some, wanted in zip(ids.split(pieces), labels.split(pieces), strict=True):
-            logits = model(cut(some.to(args.device), method, args.chunk))
+            logits = classify(model, some, method, args)
             loss = F.cross_entropy(logits, wanted.to(args.device), reduction="sum") / len(ids)
             loss.backward()
             total += loss.item()
@@ -184,22 +191,35 @@ def test(model: Classifier, documents: Documents, method: str, args: argparse.Na
     size = max(1, args.tokens_per_pass // documents.ids.shape[1])
     right = 0
     for ids, labels in batches(documents, size):
-        right += (model(cut(ids.to(args.device), method, args.chunk)).argmax(-1).cpu() == labels).sum().item()
+        right += (classify(model, ids, method, args).argmax(-1).cpu() == labels).sum().item()
     return right / len(documents.labels)
 
 
 # Parts of the record
 
 
+def short_batches(args: argparse.Namespace) -> list[tuple[int, int]]:
+    """Length and number of the documents of each step on short documents.
+
+    A step draws its length between two thirds of a limit and the limit, which grows geometrically, and has
+    `args.short_tokens` tokens, but 8 documents at least.
+    """
+    draw = random.Random(args.seed)
+    batches = []
+    for i in range(1, args.short_steps + 1):
+        limit = round(SHORTEST * (args.short_length / SHORTEST) ** (i / args.short_steps))
+        length = draw.randint(max(SHORTEST, 2 * limit // 3), limit)
+        batches.append((length, max(8, args.short_tokens // length // 4 * 4)))
+    return batches
+
+
 def learn_short(
     args: argparse.Namespace, model: Classifier, tokenizer: PreTrainedTokenizerBase, weights: Path
 ) -> list[dict[str, Any]]:
-    """Trains on short documents, each batch of its own length, with exact attention; leaves the weights in a file."""
-    draw = random.Random(args.seed)
-    lengths = [draw.randrange(SHORTEST, args.short_length + 1) for _ in range(args.short_steps)]
+    """Trains on short documents, ever longer ones, with exact attention; leaves the weights in a file."""
     steps = []
-    for i, length in enumerate(lengths):
-        documents = write_documents(tokenizer, length, args.short_batch_size, f"short {args.seed} {i}")
+    for i, (length, count) in enumerate(short_batches(args)):
+        documents = write_documents(tokenizer, length, count, f"short {args.seed} {i}")
         steps.append((documents.ids, documents.labels))
     use_attention(model.encoder, None)
     begin = time.perf_counter()
@@ -282,7 +302,7 @@ def plot(record: dict[str, Any], output: Path) -> None:
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Runs the benchmark and returns its record."""
-    parser = make_parser(__doc__, lengths=[1024, 2048, 4096], text=False)
+    parser = make_parser(__doc__, lengths=[1024, 2048, 4096, 8192, 16384], text=False)
 
     def number(name: str, kind: Callable, default: float, text: str) -> None:
         parser.add_argument(name, type=kind, default=default, metavar="X", help=f"{text} (default %(default)s)")
@@ -295,14 +315,15 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         metavar="KEY=VALUE,...",
         help="fields of skein's SkeinConfig (default: its own, and min_length=512)",
     )
+    parser.add_argument("--bf16", action="store_true", help="mixed precision (default: float32)")
     number("--train-documents", int, 24, "training documents of each length")
     number("--test-documents", int, 32, "test documents of each length")
     number("--batch-size", int, 4, "documents per step")
     number("--learning-rate", float, 1e-4, "peak")
-    number("--short-steps", int, 100, "steps on short documents")
-    number("--short-learning-rate", float, 3e-4, "peak, on short documents")
-    number("--short-length", int, 160, "most tokens of a short document")
-    number("--short-batch-size", int, 8, "short documents per step")
+    number("--short-steps", int, 150, "steps on short documents")
+    number("--short-learning-rate", float, 2e-4, "peak, on short documents")
+    number("--short-length", int, 512, "most tokens of a short document")
+    number("--short-tokens", int, 1536, "tokens per step on short documents")
     number("--chunk", int, 512, "tokens of a truncated document, and most tokens of a chunk")
     number("--tokens-per-pass", int, 4096, "documents go through the model together up to so many tokens")
     number("--seed", int, 0, "of the documents")

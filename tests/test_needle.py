@@ -1,5 +1,6 @@
 """scripts/needle.py: its documents, what each method can see of them, and a run on tiny sizes."""
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -80,7 +81,7 @@ def test_documents_are_a_function_of_the_seed(tokenizer, documents):
     assert torch.equal(again.ids, documents.ids) and not torch.equal(other.ids, documents.ids)
 
 
-TINY = ["--lengths", "160", "--chunk", "80", "--short-length", "70", "--short-steps", "2", "--short-batch-size", "2"]
+TINY = ["--lengths", "160", "--chunk", "80", "--short-length", "70", "--short-steps", "2", "--short-tokens", "8"]
 TINY += ["--train-documents", "4", "--test-documents", "4", "--skein", "min_length=0,num_columns=16,block_size=16"]
 
 
@@ -107,6 +108,14 @@ def test_a_run_continues_after_an_interruption(tmp_path, monkeypatch):
     assert losses["exact"] != losses["skein"] != losses["pooled"] != losses["truncated"]
     assert (tmp_path / "x.png").stat().st_size > 10_000
     assert {path.name for path in tmp_path.iterdir()} == {"x.json", "x.png"}
+
+
+def test_short_documents_grow():
+    args = argparse.Namespace(seed=3, short_steps=150, short_length=512, short_tokens=1536)
+    lengths, counts = zip(*needle.short_batches(args), strict=True)
+    assert min(lengths) == lengths[0] == needle.SHORTEST and 341 <= lengths[-1] <= 512
+    assert max(lengths[:50]) < 110 < 230 < min(lengths[-10:])
+    assert all(count == max(8, 1536 // n // 4 * 4) for n, count in zip(lengths, counts, strict=True))
 
 
 def test_lengths_that_one_chunk_could_hold_are_refused(tmp_path, capsys):

@@ -474,6 +474,7 @@ def run_record(settings: Mapping[str, Any], model: nn.Module, progress: Progress
         "validation": progress.validation,
         "best_step": progress.best_step,
         "training_seconds": progress.training_seconds,
+        "training_cpu_seconds": progress.training_cpu_seconds,
         "evaluation_seconds": progress.evaluation_seconds,
         "peak_memory_mib": peak_memory_mib(),
     }

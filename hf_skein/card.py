@@ -326,7 +326,9 @@ def _training_tables(record: dict[str, Any]) -> list[Table]:
     shown = ("dataset", "attn", "max_length", "epochs", "batch_size", "learning_rate", "seed", "mixed_precision")
     rows = [[name.replace("_", " "), _cell(settings[name])] for name in shown if settings.get(name) is not None]
     for part, lengths in record.get("lengths", {}).items():
-        value = f"{lengths['documents']} documents, {_cell(lengths['mean'])} tokens on average"
+        value = f"{lengths['documents']} documents"
+        if "mean" in lengths:  # of a stream it is not known
+            value += f", {_cell(lengths['mean'])} tokens on average"
         rows.append([f"{part} data", f"{value}, {lengths['truncated']} truncated"])
     rows += [[f"test {name.replace('_', ' ')}", _cell(value)] for name, value in record.get("test", {}).items()]
     text = (

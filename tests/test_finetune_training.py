@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from _data import InputError
 from _finetuning import finetune
 from accelerate import Accelerator
 from finetune_classification import Classification
+from huggingface_hub import ModelCard
 from peft import PeftModel
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -32,6 +34,7 @@ from transformers import (
 )
 
 from hf_skein import SkeinConfig
+from hf_skein.card import make_card
 
 
 SCRIPTS = Path(finetuning.__file__).parent
@@ -387,9 +390,23 @@ def test_result_is_pushed(tmp_path, monkeypatch, encoder, reviews):
     monkeypatch.setattr(finetuning, "check_options", lambda args: None)  # it is tested above, and would refuse
     monkeypatch.setattr(finetuning, "push", lambda folder, repo, private: pushed.append((folder, repo, private)))
     more = ("--attn", "skein", "--epochs", 1, "--push-to-hub", "a/b", "--private")
-    run(encoder, reviews, tmp_path / "run", *more)
+    record = run(encoder, reviews, tmp_path / "run", *more)
     assert pushed == [(tmp_path / "run", "a/b", True)]
-    assert (tmp_path / "run" / "record.json").exists()
+
+    card = make_card(tmp_path / "run", "a/b", license="mit", base_model="google/bert")
+    assert card.data.base_model == "google/bert"
+    results = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert results == {"accuracy": record["test"]["accuracy"], "f1": record["test"]["macro_f1"]}
+    assert {result.task_type for result in card.data.eval_results} == {"text-classification"}
+    assert {result.dataset_name for result in card.data.eval_results} == {"reviews.jsonl"}
+    assert re.search(r"64 documents, \d\d\.\d+ tokens on average", card.text)
+    assert "was trained with skein" in card.text
+    assert ModelCard(str(card)).data.to_dict() == card.data.to_dict()
+
+    stream = ("--streaming", "--max-steps", 2, "--labels", "neg", "pos", "--validation-file", reviews)
+    count = run(encoder, reviews, tmp_path / "stream", *more, *stream)["lengths"]["train"]["documents"]
+    card = make_card(tmp_path / "stream", "a/b", license="mit", base_model="google/bert")
+    assert count > 0 and f"| {count} documents, " in card.text
 
     def fail(*args, **kwargs):
         raise finetuning.HubError("No connection.")

@@ -369,22 +369,6 @@ def test_metadata_that_the_hub_refuses(hub, push):
     assert "me/x" not in hub.repos
 
 
-def test_the_training_record_is_in_the_card(folder):
-    record = json.loads((ROOT / "benchmarks/results/movie_reviews_skein.json").read_text())
-    record["settings"]["model"] = "google/bert"
-    (folder / "record.json").write_text(json.dumps(record))
-    config = json.loads((folder / "config.json").read_text()) | {"architectures": ["BertForSequenceClassification"]}
-    (folder / "config.json").write_text(json.dumps(config))
-    card = hub_module.make_card(folder, "me/x", license="mit")
-    assert card.data.base_model == "google/bert"
-    results = {result.metric_type: result.metric_value for result in card.data.eval_results}
-    assert results == {"accuracy": record["test"]["accuracy"], "f1": record["test"]["macro_f1"]}
-    assert {result.task_type for result in card.data.eval_results} == {"text-classification"}
-    assert {result.dataset_name for result in card.data.eval_results} == {"movie_reviews.zip"}
-    assert "160 documents, 868.1 tokens on average" in card.text and "was trained with skein" in card.text
-    assert ModelCard(str(card)).data.to_dict() == card.data.to_dict()
-
-
 def test_a_change_of_any_kind_is_an_edit(folder):
     text = str(hub_module.make_card(folder, "me/x", license="mit"))
     assert is_untouched(text) and is_untouched(text.replace("\n", "\r\n"))

@@ -9,8 +9,8 @@ The label tells whether they agree, so neither statement alone says anything abo
 - exact attention and skein read the whole document.
 
 An encoder learns the task once on short documents, which all four methods would treat alike: at first on two statements
-and little else, then on ever longer ones. (Begun with the longest of them it stays at chance.) From those weights
-each method is trained on a few documents of each length, and tested on others.
+and little else, then on ever longer ones. (Begun with the longest of them it stays at chance.) From there each method
+goes on by itself, from one length to the next: it is tested, trained on a few documents, and tested again.
 
     python scripts/needle.py --output benchmarks/results/needle
 
@@ -226,12 +226,17 @@ def learn_short(
     losses = train(model, steps, "exact", args.short_learning_rate, args)
     seconds = time.perf_counter() - begin
     accuracy = test(model, test_documents(args, tokenizer, args.short_length), "exact", args)
-    weights.parent.mkdir(parents=True, exist_ok=True)
-    partial = weights.with_name(f"{weights.name}.new")
-    torch.save(model.state_dict(), partial)
-    partial.replace(weights)
+    save(model, weights)
     row = {"method": "short", "length": args.short_length, "accuracy": accuracy, "training_seconds": seconds}
     return [row | {"losses": losses}]
+
+
+def save(model: Classifier, path: Path) -> None:
+    """Writes the weights, complete or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.new")
+    torch.save(model.state_dict(), partial)
+    partial.replace(path)
 
 
 def test_documents(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, length: int) -> Documents:
@@ -245,12 +250,13 @@ def run_case(
     length: int,
     model: Classifier,
     tokenizer: PreTrainedTokenizerBase,
-    weights: Path,
-    config: SkeinConfig,
+    before: Path,
+    after: Path,
 ) -> list[dict[str, Any]]:
-    """Trains from the weights of the short documents at one length by one method, and tests."""
-    model.load_state_dict(torch.load(weights, weights_only=True))
-    use_attention(model.encoder, config if method == "skein" else None)
+    """Tests the weights of a file at one length by one method, trains and tests again; writes them to another file."""
+    model.load_state_dict(torch.load(before, weights_only=True))
+    use_attention(model.encoder, args.skein if method == "skein" else None)
+    untrained = test(model, test_documents(args, tokenizer, length), method, args)
     documents = write_documents(tokenizer, length, args.train_documents, f"train {args.seed} {length}")
     with PeakMemory(args.device) as peak:
         begin = time.perf_counter()
@@ -259,10 +265,12 @@ def run_case(
     begin = time.perf_counter()
     accuracy = test(model, test_documents(args, tokenizer, length), method, args)
     seconds = {"training_seconds": training, "test_seconds": time.perf_counter() - begin}
+    save(model, after)
     return [
         {
             "method": method,
             "length": length,
+            "accuracy_before": untrained,
             "accuracy": accuracy,
             **seconds,
             "training_mib": peak.mib,
@@ -273,10 +281,11 @@ def run_case(
 
 def print_rows(rows: list[dict[str, Any]]) -> None:
     """Accuracy over length, and what it cost."""
-    table = [["method", "tokens", "accuracy", "training s", "test s", "training MiB"]]
+    table = [["method", "tokens", "before", "accuracy", "training s", "test s", "training MiB"]]
     for row in rows:
         costs = [f"{row['training_seconds']:.0f}", f"{row['test_seconds']:.0f}", f"{row['training_mib']:.0f}"]
-        table.append([row["method"], str(row["length"]), f"{row['accuracy']:.3f}", *costs])
+        accuracies = [f"{row['accuracy_before']:.3f}", f"{row['accuracy']:.3f}"]
+        table.append([row["method"], str(row["length"]), *accuracies, *costs])
     print(format_table("Do two statements far apart agree?", table))
 
 
@@ -316,10 +325,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         help="fields of skein's SkeinConfig (default: its own, and min_length=512)",
     )
     parser.add_argument("--bf16", action="store_true", help="mixed precision (default: float32)")
-    number("--train-documents", int, 24, "training documents of each length")
+    parser.add_argument("--longest-exact", type=int, metavar="N", help="no exact attention of more tokens")
+    number("--train-documents", int, 16, "training documents of each length")
     number("--test-documents", int, 32, "test documents of each length")
     number("--batch-size", int, 4, "documents per step")
-    number("--learning-rate", float, 1e-4, "peak")
+    number("--learning-rate", float, 3e-5, "peak")
     number("--short-steps", int, 150, "steps on short documents")
     number("--short-learning-rate", float, 2e-4, "peak, on short documents")
     number("--short-length", int, 512, "most tokens of a short document")
@@ -338,17 +348,25 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     encoder, tokenizer = load_encoder(args.model, max(args.lengths), device=args.device)
     torch.manual_seed(args.seed)
     model = Classifier(encoder).to(args.device).eval()
-    record = ResumableRecord(args.output, header, selection=("lengths", "methods"))
+    record = ResumableRecord(args.output, header, selection=("methods", "longest_exact"))
     weights = args.output.with_suffix(".short.partial.pt")
     (short,) = record.part("short", functools.partial(learn_short, args, model, tokenizer, weights))
     print(f"short documents: accuracy {short['accuracy']:.3f} in {short['training_seconds']:.0f} s", flush=True)
-    for length in args.lengths:
+    latest = dict.fromkeys(args.methods, weights)
+    for length in sorted(args.lengths):
         for method in args.methods:
-            make = functools.partial(run_case, args, method, length, model, tokenizer, weights, args.skein)
+            if method == "exact" and args.longest_exact is not None and length > args.longest_exact:
+                continue
+            after = args.output.with_suffix(f".{method}-{length}.partial.pt")
+            make = functools.partial(run_case, args, method, length, model, tokenizer, latest[method], after)
             (row,) = record.part(f"{method} {length}", make)
+            if latest[method] != weights:
+                latest[method].unlink(missing_ok=True)
+            latest[method] = after
             print(f"{method}, {length} tokens: accuracy {row['accuracy']:.3f}", flush=True)
     result = record.finish()
-    weights.unlink(missing_ok=True)
+    for path in {weights, *latest.values()}:
+        path.unlink(missing_ok=True)
     print_rows(result["rows"][1:])
     plot(result, args.output)
     return result

@@ -99,6 +99,10 @@ def test_a_run_continues_after_an_interruption(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         needle.main(arguments)
     assert list(json.loads((tmp_path / "x.partial.json").read_text())["parts"]) == ["short", "truncated 160"]
+    assert {path.name for path in tmp_path.iterdir() if path.suffix == ".pt"} == {
+        "x.short.partial.pt",
+        "x.truncated-160.partial.pt",
+    }
     record = needle.main(arguments)
     assert cases == ["truncated", "pooled", "pooled", "exact", "skein"]
     assert [row["method"] for row in record["rows"]] == ["short", *needle.METHODS]
@@ -107,6 +111,30 @@ def test_a_run_continues_after_an_interruption(tmp_path, monkeypatch):
     losses = {row["method"]: row["losses"] for row in record["rows"]}
     assert losses["exact"] != losses["skein"] != losses["pooled"] != losses["truncated"]
     assert (tmp_path / "x.png").stat().st_size > 10_000
+    assert {path.name for path in tmp_path.iterdir()} == {"x.json", "x.png"}
+
+
+def test_each_method_goes_on_from_its_own_weights(tmp_path, monkeypatch):
+    read = {}
+    run_case = needle.run_case
+
+    def spy(args, method, length, model, tokenizer, before, after):
+        read[method, length] = torch.load(before)["linear.weight"]
+        row = run_case(args, method, length, model, tokenizer, before, after)
+        assert not torch.equal(torch.load(after)["linear.weight"], read[method, length])
+        read[method, "after", length] = torch.load(after)["linear.weight"]
+        return row
+
+    monkeypatch.setattr(needle, "run_case", spy)
+    options = [*TINY, "--lengths", "192", "160", "--methods", "pooled", "exact", "--longest-exact", "160"]
+    record = needle.main(["--output", str(tmp_path / "x"), *options])
+    assert [(row["method"], row["length"]) for row in record["rows"][1:]] == [
+        ("pooled", 160),
+        ("exact", 160),
+        ("pooled", 192),
+    ]
+    assert torch.equal(read["pooled", 160], read["exact", 160])
+    assert torch.equal(read["pooled", 192], read["pooled", "after", 160])
     assert {path.name for path in tmp_path.iterdir()} == {"x.json", "x.png"}
 
 

@@ -53,6 +53,7 @@ class Task:
         best_metric: The validation metric that chooses the best checkpoint: the higher the better, but the lower if its
             name ends in `loss`.
         lora_task: Its name in peft (`"SEQ_CLS"`, ...), by which peft knows the head, which is trained fully.
+        validates_first: Whether the validation metrics are recorded before training, too, as those of step 0.
         args: The options.
         tokenizer: Set when the model is loaded, before `encode`.
     """
@@ -62,6 +63,7 @@ class Task:
     columns: Mapping[str, str] = {"text": "text"}
     best_metric = "loss"
     lora_task: str | None = None
+    validates_first: bool = False
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
@@ -153,6 +155,8 @@ def check_text(row: Row, *columns: str) -> Row:
     for column in columns:
         if not (isinstance(row[column], str) and row[column].strip()):
             raise ValueError(f"have no {column}")
+        if any("\ud800" <= character <= "\udfff" for character in row[column]):
+            raise ValueError(f"have half a character (a lone surrogate) in their {column}")
     return row
 
 
@@ -187,6 +191,9 @@ def start(args: argparse.Namespace) -> Accelerator:
     )
     if accelerator.state.deepspeed_plugin is not None:  # it is not given a DataLoader to learn this from
         accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = args.batch_size
+        accelerator.state.deepspeed_plugin.deepspeed_config["gradient_clipping"] = args.max_gradient_norm
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise InputError("--mixed-precision fp16 needs a GPU; on a CPU use bf16.")
     accelerator.wait_for_everyone()  # before any process fills the folder
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -217,6 +224,9 @@ def load_model(
         args: Parsed options; `args.max_length`, if it was not given, is set to what the model takes.
         **config_fields: Fields of the model's configuration, such as `id2label`.
 
+    Returns:
+        The tokenizer, and the model; its `new_modules` are the names of those with weights that the checkpoint lacks.
+
     Raises:
         InputError: There is no such model, a setting is not allowed, or the model cannot take `--max-length` tokens.
     """
@@ -241,6 +251,7 @@ def load_model(
     damaged = [key for key, *_ in info["mismatched_keys"] if key.startswith(f"{model.base_model_prefix}.")]
     if damaged:
         raise InputError(f"--model {args.model} cannot be used: its {damaged[0]} does not fit its configuration.")
+    model.new_modules = sorted({key.rpartition(".")[0] for key in info["missing_keys"]})
     limit = position_limit(model)
     args.max_length = args.max_length or limit
     if args.max_length is None:
@@ -257,18 +268,26 @@ def load_model(
 
 
 def add_lora(model: PreTrainedModel, task: Task, args: argparse.Namespace) -> PeftModel:
-    """The model with adapters, which are trained, as is the head.
+    """The model with adapters, which are trained, as are the head and all other weights that the checkpoint lacks.
 
     Raises:
         InputError: peft does not know where to put them.
     """
     targets = args.lora_target_modules
+    new = [name for name in model.new_modules if all(p.requires_grad for p in model.get_submodule(name).parameters())]
+    frozen = [
+        name
+        for name, module in model.named_modules()
+        if name and not any(parameter.requires_grad for parameter in module.parameters())
+    ]
     config = LoraConfig(
         task_type=task.lora_task,
         r=args.lora_rank,
         lora_alpha=args.lora_alpha,
         lora_dropout=args.lora_dropout,
         target_modules=targets[0] if targets == ["all-linear"] else targets,
+        exclude_modules=frozen or None,  # of no use to the task, such as the pooler to a mean
+        modules_to_save=new or None,
     )
     try:
         return get_peft_model(model, config)
@@ -332,6 +351,8 @@ def _run(task: Task, args: argparse.Namespace) -> dict[str, Any]:
     if args.streaming:
         lengths["train"] = {"documents": 0, "truncated": 0}  # as far as they are read
         steps = stream_steps(task, args, reader, size, lengths["train"])
+        if not args.resume:
+            steps.advance()  # before anything is deleted or written
     else:
         steps = TableSteps(encoded["train"], size, args.seed)
     if args.lora:
@@ -349,10 +370,16 @@ def _run(task: Task, args: argparse.Namespace) -> dict[str, Any]:
         results = predict(accelerator, task, model, encoded[part], args.batch_size)
         return task.metrics(results, rows[part], encoded[part]), results
 
+    before = []
+    if task.validates_first:
+        with accelerator.autocast():
+            metrics, _ = evaluate(model.to(accelerator.device), "validation")
+        before = [{"step": 0, "epoch": 0.0, **metrics}]
     model, progress = fit(
         accelerator, task, model, steps, lambda model: evaluate(model, "validation")[0], args, settings
     )
     record = {**run_record(settings, model, progress), "lengths": lengths, **task.record()}
+    record["validation"] = before + record["validation"]
     if args.streaming:
         say_counts(accelerator, "train", lengths["train"])
     predictions = None

@@ -38,8 +38,8 @@ def _skeinformer(title: str, **ablation: Any) -> Method:
     return Method(title, "skein", {"method": "skeinformer", "num_columns": 256, "min_length": 0, **ablation})
 
 
-def _baseline(title: str, name: str) -> Method:
-    return Method(title, f"skein:{name}", {"num_columns": 128, "min_length": 0})  # the size in the paper's code
+def _baseline(title: str, name: str, size: int = 128) -> Method:
+    return Method(title, f"skein:{name}", {"num_columns": size, "min_length": 0})  # the size in the paper's code
 
 
 METHODS = {
@@ -52,7 +52,7 @@ METHODS = {
     "informer": _baseline("Informer, padding mask", "informer"),
     "nystromformer": _baseline("Nyströmformer", "nystromformer"),
     "performer": _baseline("Performer", "performer"),
-    "bigbird": _baseline("BigBird", "bigbird"),
+    "bigbird": _baseline("BigBird", "bigbird", 512),  # 8 blocks of 64 keys
     "skeinformer": _skeinformer("Skeinformer"),
     "skeinformer-uniform": _skeinformer("- uniform columns", column_sampling="uniform"),
     "skeinformer-no-normalization": _skeinformer("- no row normalization", row_normalization="none"),
@@ -96,8 +96,8 @@ class Classifier(nn.Module):
         self.head = nn.Sequential(nn.Linear(width, 128), nn.ReLU(), nn.Linear(128, task.labels))
 
     def reseed(self, seed: int) -> None:
-        """Makes methods that draw random numbers draw others from now on."""
-        if self.encoder.config._attn_implementation.startswith("skein"):
+        """Makes a sketch draw other random numbers from now on; those of the baselines stay, as parameters would."""
+        if self.encoder.config._attn_implementation == "skein":
             hf_skein.configure(self.encoder, seed=seed % 2**32)
 
     def encode(self, input_ids: Tensor) -> Tensor:

@@ -132,7 +132,7 @@ def _table(rows: list[list[str]]) -> str:
 
 
 def _budgets(record: Record, tasks: list[str]) -> str:
-    table = [["", "steps", "examples per step", "learning rate", "training / test examples", "mean length", "seeds"]]
+    table = [["", "data", "steps", "examples per step", "learning rate", "training / test", "mean length", "seeds"]]
     for task in tasks:
         settings, parts = record["tasks"][task]["settings"], record["tasks"][task]["data"]["parts"]
         paper = TASKS[task]
@@ -141,6 +141,7 @@ def _budgets(record: Record, tasks: list[str]) -> str:
         table.append(
             [
                 task,
+                record["tasks"][task]["data"].get("source", NOT_RUN),
                 f"{settings['steps']:,} of {paper.steps:,}",
                 f"{settings['batch_size']} of {paper.batch_size}",
                 f"{settings['learning_rate']:g} ({paper.learning_rate:g})",

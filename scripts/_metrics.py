@@ -45,9 +45,15 @@ class LabelSets(LocalMetric):
     features = Features({"predictions": List(Value("int64")), "references": List(Value("int64"))})
 
     def _compute(self, predictions: Sequence[list[int]], references: Sequence[list[int]]) -> dict[str, float]:
+        one = len(references[0]) == 1  # which scikit-learn takes for the classes 0 and 1
+        labels = [1] if one else None
         return {
-            "micro_f1": float(sklearn.f1_score(references, predictions, average="micro", zero_division=0)),
-            "macro_f1": float(sklearn.f1_score(references, predictions, average="macro", zero_division=0)),
+            "micro_f1": float(
+                sklearn.f1_score(references, predictions, labels=labels, average="micro", zero_division=0)
+            ),
+            "macro_f1": float(
+                sklearn.f1_score(references, predictions, labels=labels, average="macro", zero_division=0)
+            ),
             "accuracy": float(sklearn.accuracy_score(references, predictions)),
         }
 

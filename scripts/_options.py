@@ -140,6 +140,8 @@ def check_options(args: argparse.Namespace) -> None:
         raise InputError(f"--output-dir {folder} is a file; name a folder.")
     if folder.exists() and any(folder.iterdir()) and not (args.resume or args.overwrite):
         raise InputError(f"--output-dir {folder} is not empty: add --resume or --overwrite, or name another.")
+    if folder.exists() and Path(args.model).exists() and folder.samefile(args.model):
+        raise InputError(f"--output-dir {folder} is the folder of --model, which must stay; name another.")
     if args.streaming and args.max_steps is None:
         raise InputError("--streaming needs --max-steps: the length of a stream is not known.")
     if args.lora_merge and not args.lora:

@@ -112,12 +112,13 @@ class TableSteps:
 class StreamSteps:
     """The documents of one step after the other, from a stream that starts again at its end.
 
-    A buffer of so many steps is filled, and its documents are grouped by length as those of an epoch are. Every process
-    reads all of it, so that neither their number nor a resumption changes a step.
+    A buffer of at least so many steps is filled, and its documents are grouped by length as those of an epoch are.
+    Every process reads all of it, so that neither their number nor a resumption changes a step.
 
     Args:
         stream: Raw rows.
-        prepare: Encodes raw rows; its second argument is the number of the first of them within the stream.
+        prepare: Encodes raw rows, each as one or several; its second argument is the number of the first of them
+            within the stream.
         size: Documents per step, over all processes.
         seed: Of their order within a buffer.
         buffer: Steps per buffer.
@@ -137,7 +138,8 @@ class StreamSteps:
         self._seed = seed
         self._buffer = buffer
         self._beginning = copy.deepcopy(stream.state_dict())
-        self._state = {"stream": self._beginning, "passes": 0, "row": 0, "buffer": 0, "taken": buffer}
+        self._state = {"stream": self._beginning, "passes": 0, "row": 0, "buffer": 0, "taken": 0}
+        self._steps: list[list[Row]] = []
         self._open()
 
     @property
@@ -149,18 +151,22 @@ class StreamSteps:
         return self
 
     def __next__(self) -> list[Row]:
-        if self._state["taken"] == self._buffer:
-            self._state = {
-                "stream": copy.deepcopy(self._stream.state_dict()),
-                "passes": self._passes,
-                "row": self._row,
-                "buffer": self._state["buffer"] + 1,
-                "taken": 0,
-            }
-            self._fill()
+        if self._state["taken"] == len(self._steps):
+            self.advance()
         step = self._steps[self._state["taken"]]
         self._state["taken"] += 1
         return step
+
+    def advance(self) -> None:
+        """Fills the next buffer; before the first step, so that bad data are found early."""
+        self._state = {
+            "stream": copy.deepcopy(self._stream.state_dict()),
+            "passes": self._passes,
+            "row": self._row,
+            "buffer": self._state["buffer"] + 1,
+            "taken": 0,
+        }
+        self._fill()
 
     def state_dict(self) -> dict[str, Any]:
         return copy.deepcopy(self._state)
@@ -180,7 +186,8 @@ class StreamSteps:
     def _fill(self) -> None:
         rows: list[Row] = []
         while len(rows) < self._size * self._buffer:
-            number, wanted = self._row, self._size * self._buffer - len(rows)
+            # Few at a time: a row can become many.
+            number, wanted = self._row, min(self._size, self._size * self._buffer - len(rows))
             raw = list(itertools.islice(self._rows, wanted))
             self._row += len(raw)
             if self._row == 0:
@@ -273,8 +280,8 @@ def fit(
         {"params": [parameter for parameter in trained if parameter.ndim < 2], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=args.learning_rate)
-    model, optimizer = accelerator.prepare(model, optimizer)
-    scheduler = accelerator.prepare(get_scheduler("linear", optimizer, round(args.warmup_fraction * total), total))
+    scheduler = get_scheduler("linear", optimizer, round(args.warmup_fraction * total), total)
+    model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)  # DeepSpeed wants them together
     progress = Progress()
     accelerator.register_for_checkpointing(progress, steps)
     set_seed(args.seed, device_specific=True)  # another dropout on every process

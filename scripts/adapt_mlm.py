@@ -19,7 +19,6 @@ import argparse
 import hashlib
 import json
 import math
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,10 +26,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from _data import InputError, Reader, positive_int, split_rows
-from _finetuning import Row, Task, draw_learning_curve, encode, finetune, make_parser, write_json
-from _training import Metrics, predict
-from accelerate import Accelerator
+from _data import InputError, positive_int
+from _finetuning import Row, Task, run_script
+from _training import Metrics
 from accelerate.utils import extract_model_from_parallel
 from datasets import Dataset
 from torch import nn
@@ -86,6 +84,7 @@ class MaskedLanguageModeling(Task):
 
     description = __doc__
     auto_class = AutoModelWithHead
+    validates_first = True
 
     def __init__(self, args: argparse.Namespace) -> None:
         super().__init__(args)
@@ -180,32 +179,5 @@ class MaskedLanguageModeling(Task):
         return {"loss": loss, "perplexity": math.exp(loss), "exact_loss": exact, "exact_perplexity": math.exp(exact)}
 
 
-def evaluate_before(argv: Sequence[str] | None) -> Metrics:
-    """Validation metrics of the checkpoint as it was; new weights are those that training begins with."""
-    args = make_parser(MaskedLanguageModeling).parse_args(argv)
-    task = MaskedLanguageModeling(args)
-    rows = split_rows(args, Reader({"text": args.text_column}, task.check, args.dataset_config))["validation"]
-    accelerator = Accelerator(mixed_precision=args.mixed_precision)
-    torch.manual_seed(args.seed)
-    task.tokenizer, model = task.load_model()
-    encoded = encode(task, rows)
-    results = predict(accelerator, task, accelerator.prepare(model), encoded, args.batch_size)
-    return task.metrics(results, rows, encoded)
-
-
-def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Trains as the command line says; returns the record, whose first evaluation is that of step 0."""
-    record = finetune(MaskedLanguageModeling, argv)
-    record["validation"].insert(0, {"step": 0, "epoch": 0.0, **evaluate_before(argv)})
-    if Accelerator().is_main_process:
-        folder = make_parser(MaskedLanguageModeling).parse_args(argv).output_dir
-        draw_learning_curve(folder / "learning_curve.png", record)
-        write_json(folder / "record.json", record)
-    return record
-
-
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    run_script(MaskedLanguageModeling)

@@ -165,7 +165,7 @@ def plot(record: Record, output: Path) -> None:
     left.legend()
     for axis in (left, right):
         axis.grid(alpha=0.3)
-    counts = f"{record['train_documents']} training reviews, {record['epochs']} epochs"
+    counts = f"{record['train_documents']} training reviews, epochs: {record['epochs']}"
     save_figure(figure, f"Film reviews, {record['model']}: {counts}, {record['mixed_precision']}", record, output)
 
 

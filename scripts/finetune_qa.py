@@ -95,7 +95,10 @@ class QuestionAnswering(Task):
             inside = [token for token, part in enumerate(inputs.sequence_ids(i)) if part == 1]
             values = {name: column[i] for name, column in inputs.items()}
             spans = [
-                (inputs.char_to_token(i, start, 1), inputs.char_to_token(i, start + len(text.rstrip()) - 1, 1))
+                (
+                    inputs.char_to_token(i, start + len(text) - len(text.lstrip()), 1),
+                    inputs.char_to_token(i, start + len(text.rstrip()) - 1, 1),
+                )
                 for text, start in zip(row["answers"]["text"], row["answers"]["answer_start"], strict=True)
             ]
             kept = [span for span in spans if None not in span]

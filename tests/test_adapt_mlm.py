@@ -9,6 +9,7 @@ import _finetuning
 import adapt_mlm as script
 import pytest
 import torch
+from _finetuning import finetune
 from tiny_encoder import WORDS, make_encoder, options
 from transformers import AutoModelForMaskedLM, AutoTokenizer, BertForMaskedLM, BertModel
 
@@ -75,7 +76,8 @@ def test_it_learns_and_reports_exact_and_sketched_loss(tmp_path, encoder, text):
     output = tmp_path / "run"
     sketch = ["--skein-min-length", "0", "--skein-num-columns", "8", "--skein-block-size", "16"]
     more = ["--attn", "skein", "--max-length", 96, "--document-characters", 900, *sketch]
-    record = script.main(options(encoder, text, output, *more, "--batch-size", 4, "--epochs", 2))
+    more += ["--batch-size", 4, "--epochs", 2]
+    record = finetune(script.MaskedLanguageModeling, options(encoder, text, output, *more))
     assert len(record["validation"]) == 3 and record["validation"][0]["step"] == 0
     before, after = record["validation"][0], record["validation"][-1]
     chance = math.log(len(WORDS))  # what a model that looks at no other word can reach
@@ -124,5 +126,5 @@ def test_bad_text(tmp_path, encoder, name, content, message):
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(_data.InputError, match=message):
-        script.main(options(encoder, tmp_path / name, tmp_path / "run"))
+        finetune(script.MaskedLanguageModeling, options(encoder, tmp_path / name, tmp_path / "run"))
     assert not (tmp_path / "run").exists()

@@ -8,6 +8,7 @@ import pytest
 import torch
 from _data import InputError
 from _finetuning import finetune, make_parser
+from _metrics import LabelSets
 from finetune_classification import Classification
 from tiny_encoder import make_documents, make_encoder, options, read_jsonl, write_jsonl
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertForSequenceClassification
@@ -160,3 +161,11 @@ def test_bad_option(capsys, more, message):
     with pytest.raises(SystemExit):
         make_parser(Classification).parse_args(["--model", "m", "--dataset", "x", "--output-dir", "o", *more])
     assert message in capsys.readouterr().err
+
+
+def test_f1_of_a_single_label():
+    """Nothing found, one of ten there: F1 is 0. scikit-learn would count the nine zeros as right."""
+    found = LabelSets().compute(predictions=[[0]] * 10, references=[[1], *[[0]] * 9])
+    assert found == {"micro_f1": 0.0, "macro_f1": 0.0, "accuracy": 0.9}
+    found = LabelSets().compute(predictions=[[1], [1], [0]], references=[[1], [0], [0]])
+    assert found["micro_f1"] == found["macro_f1"] == pytest.approx(2 / 3)

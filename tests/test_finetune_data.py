@@ -245,6 +245,21 @@ def steps_of(kind: str, count: int) -> TableSteps | StreamSteps:
     return StreamSteps(stream, prepare, 4, seed=5, buffer=3)
 
 
+def test_every_piece_of_a_streamed_row_is_used():
+    """Each of 5 rows becomes 8 pieces."""
+    stream = IterableDataset.from_generator(generate, gen_kwargs={"count": 5})
+    read = []
+
+    def prepare(raw: list[dict], first: int) -> list[dict]:
+        pieces = [8 * row["i"] + k for row in raw for k in range(8)]
+        read.extend(pieces)
+        return rows_of_length(pieces)
+
+    steps = StreamSteps(stream, prepare, 4, seed=5, buffer=3)
+    seen = [row["i"] for _ in range(18) for row in next(steps)]  # of buffers with 4 and, over the end, 5 rows
+    assert sorted(seen) == sorted([*range(40), *range(32)]) == sorted(read)
+
+
 @pytest.mark.parametrize("kind", ["table", "stream"])
 @pytest.mark.parametrize("done", [0, 2, 3, 5, 6, 7, 11])
 def test_steps_go_on_where_they_were(kind, done):

@@ -27,6 +27,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BertConfig,
+    BertForMaskedLM,
     BertForSequenceClassification,
     BertModel,
     RobertaConfig,
@@ -319,6 +320,28 @@ def test_lora_is_saved_loaded_and_merged(tmp_path, encoder, reviews, attn):
     assert not torch.equal(merged.bert.encoder.layer[0].attention.self.query.weight, query)
 
 
+def test_lora_trains_and_saves_what_the_checkpoint_lacks(tmp_path, reviews):
+    """The output of adapt_mlm.py has no pooler; with dropout, a new one would not be drawn the same a second time."""
+    bare = make_encoder(tmp_path / "bare", BertForMaskedLM)
+    config = BertConfig.from_pretrained(bare)
+    config.hidden_dropout_prob = 0.1
+    config.save_pretrained(bare)
+    record = run(bare, reviews, tmp_path / "lora", *LORA, "--attn", "sdpa")
+    base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "lora" / "base")
+    drawn = base.bert.pooler.dense.weight.clone()
+    model = PeftModel.from_pretrained(base, tmp_path / "lora" / "adapter").merge_and_unload()
+    assert not torch.equal(model.bert.pooler.dense.weight, drawn)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "lora")
+    rows = [json.loads(line) for line in (tmp_path / "lora" / "test_predictions.jsonl").read_text().splitlines()]
+    documents = make_documents(80)
+    texts = [documents[int(row["name"])][0] for row in rows]
+    inputs = tokenizer(texts, truncation=True, padding=True, return_tensors="pt")
+    labels = torch.tensor([model.config.label2id[row["label"]] for row in rows])
+    with torch.no_grad():
+        loss = model.eval()(**inputs, labels=labels).loss.item()
+    assert loss == pytest.approx(record["test"]["loss"], rel=1e-3)
+
+
 def test_lora_where_peft_knows_no_layer(tmp_path, encoder, reviews):
     with pytest.raises(InputError, match="Give --lora-target-modules"):
         run(encoder, reviews, tmp_path / "run", "--lora", "--lora-target-modules", "colour")
@@ -340,8 +363,11 @@ def test_streamed_run_goes_on_exactly(tmp_path, monkeypatch, encoder, reviews):
     assert_same_run(tmp_path / "run", {**record, "test": {}}, tmp_path / "whole", {**expected, "test": {}})
 
     bad = write_jsonl(tmp_path / "bad.jsonl", [{"text": "w1", "label": "other"}])
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "model.safetensors").write_text("an earlier result")
     with pytest.raises(InputError, match="1 of 1 documents have a label that is not among --labels"):
-        run(encoder, bad, tmp_path / "bad", *more)
+        run(encoder, bad, tmp_path / "bad", *more, "--overwrite")
+    assert (tmp_path / "bad" / "model.safetensors").read_text() == "an earlier result"
 
 
 def test_tensorboard(tmp_path, encoder, reviews):

@@ -58,6 +58,12 @@ def test_a_sketch_is_drawn_from_its_probabilities():
     assert found.quantile < 1
 
 
+def test_the_bound_is_that_of_eq_4():
+    """By hand: B = I (2 x 2), V = (3, 4)ᵀ, d = 8, β = 1/2, δ = exp(-4): η = 1 + sqrt(16 · 4) = 9, 81 / 4 · 2 · 25."""
+    head = check_framework.Head(torch.eye(2).double(), torch.tensor([[3.0], [4.0]]).double())
+    assert check_framework.bound(head, 8, 0.5, math.exp(-4)) == pytest.approx(81 / 4 * 2 * 25)
+
+
 def test_eq_5_with_all_rows_gives_the_best_probabilities():
     head = make_head()
     best = check_framework.importance(head)

@@ -166,6 +166,17 @@ def test_other_columns_in_every_step_and_the_same_again():
     assert torch.equal(outputs[0], outputs[2]) and not torch.equal(outputs[0], outputs[1])
 
 
+@pytest.mark.parametrize("method", ["linformer", "performer", "bigbird"])
+def test_the_random_numbers_of_baselines_stay(method):
+    torch.manual_seed(0)
+    model = Classifier(TASKS["listops"], METHODS[method]).eval()
+    ids = torch.randint(1, 16, (1, 700))
+    with torch.no_grad():
+        before = model(ids).logits
+        model.reseed(1)
+        assert torch.equal(model(ids).logits, before)
+
+
 @pytest.mark.parametrize("most", [0, 1, 2, 3, 100, 127, 128, 129, 4095, 4096, 5000])
 def test_the_largest_batch_is_found(most):
     asked = []

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import re
 import sys
 from collections import Counter
@@ -17,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 import lra
 from _data import PARTS, InputError
 from _lra_data import TASKS, grey, read_prepared, write_prepared
-from _lra_listops import TOKENS, generate, parse
+from _lra_listops import TOKENS, generate, parse, random_expression
 from _lra_pathfinder import CLEARANCE, GAP, draw_picture
 
 
@@ -58,18 +59,28 @@ def depth_and_arguments(tokens: list[str]) -> tuple[int, list[int]]:
 
 
 def test_expressions_follow_the_specification():
-    seen = set()
+    seen, depths, arguments = set(), [], Counter()
     operators: Counter = Counter()
     for tokens, value in generate(60, seed=1):
         assert 500 < len(tokens) < 2000 and set(tokens) <= set(TOKENS)
         assert reduce(tokens) == value
         deepest, counts = depth_and_arguments(tokens)
         assert deepest <= 10 and min(counts) >= 2 and max(counts) <= 10
+        depths.append(deepest)
+        arguments.update(counts)
         operators.update(token for token in tokens if token.startswith("["))
         seen.add(" ".join(tokens))
     assert len(seen) == 60
     shares = np.array([operators[name] for name in ("[MAX", "[MIN", "[MED", "[SM")]) / operators.total()
     np.testing.assert_allclose(shares, 0.25, atol=0.03)
+    assert max(depths) == 10 and set(arguments) == set(range(2, 11))
+
+
+def test_a_node_is_an_operator_with_probability_one_quarter():
+    draw = np.random.default_rng(0)
+    found = [random_expression(draw) for _ in range(2000)]  # short ones too; None is one that grew too long
+    is_operator = [expression is None or expression[0][0].startswith("[") for expression in found]
+    assert abs(np.mean(is_operator) - 0.25) < 4 * math.sqrt(0.25 * 0.75 / 2000)
 
 
 def test_a_seed_gives_the_same_expressions_again():

@@ -203,8 +203,8 @@ def film_reviews() -> str:
     error = (exact * (1 - exact) / record["test_documents"]) ** 0.5
     remark = paragraph(
         f"Skein with 256 columns is {abs(100 * (exact - skein)):.1f} points {'below' if skein < exact else 'above'}",
-        f"exact attention; but one accuracy on {record['test_documents']} reviews has a standard error of {100 * error:.1f}",
-        "points, so the table shows that all of them learn, not which is better.",
+        f"exact attention; but one accuracy on {record['test_documents']} reviews has a standard error of",
+        f"{100 * error:.1f} points, so the table shows that all of them learn, not which is better.",
     )
     return f"{lead}\n\n{markdown_table(head, body)}\n\n{remark}"
 

@@ -50,6 +50,7 @@ def test_spans_are_tokens(encoder):
                 {"text": [], "answer_start": []},
                 {"text": ["w5"], "answer_start": [18]},
                 {"text": ["w5", "w1"], "answer_start": [18, 0]},
+                {"text": [" w2 "], "answer_start": [8]},
             ]
         )
     ]
@@ -57,11 +58,11 @@ def test_spans_are_tokens(encoder):
     tokens = task.tokenizer.convert_ids_to_tokens(encoded[0]["input_ids"])
     assert tokens == ["[CLS]", "dull", "[SEP]", "w1", "grea", "##t", "w2", "w3", "w4", "[SEP]"]
     spans = [(row["start_positions"], row["end_positions"]) for row in encoded]
-    assert spans == [(4, 6), (0, 0), (NOWHERE, NOWHERE), (3, 3)]
-    assert [row["lost"] for row in encoded] == [False, False, True, False]
+    assert spans == [(4, 6), (0, 0), (NOWHERE, NOWHERE), (3, 3), (6, 6)]
+    assert [row["lost"] for row in encoded] == [False, False, True, False, False]
     assert task.counts(encoded) == {"answers_truncated": 1}
     assert encoded[0]["length"] == 11 and (encoded[0]["first"], encoded[0]["last"]) == (3, 8)
-    assert task.weight(task.collate(encoded)) == 3
+    assert task.weight(task.collate(encoded)) == 4
 
 
 def test_best_span_is_the_best_of_all():

@@ -113,12 +113,23 @@ def test_every_field_of_skein_is_an_option():
 
 
 ACCUMULATE = ("--batch-size", 6, "--gradient-accumulation-steps", 2, "--save-every", 2)
+ACCUMULATE += ("--attn", "skein", "--skein-min-length", 0, "--skein-num-columns", 8, "--skein-block-size", 16)
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory, encoder, reviews) -> tuple[Path, dict]:
+def dropping(tmp_path_factory) -> str:
+    """An encoder with dropout, of its columns too: every step draws random numbers."""
+    folder = make_encoder(tmp_path_factory.mktemp("dropping"), BertForSequenceClassification)
+    config = BertConfig.from_pretrained(folder)
+    config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.1
+    config.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, dropping, reviews) -> tuple[Path, dict]:
     output = tmp_path_factory.mktemp("runs") / "uninterrupted"
-    return output, run(encoder, reviews, output, *ACCUMULATE)
+    return output, run(dropping, reviews, output, *ACCUMULATE)
 
 
 def assert_same_run(output: Path, record: dict, reference: Path, expected: dict) -> None:
@@ -173,20 +184,20 @@ for when in (die_in_a_step, die_while_saving):
 
 
 @pytest.fixture(scope="module")
-def killed(tmp_path_factory, encoder, reviews) -> dict[str, Path]:
+def killed(tmp_path_factory, dropping, reviews) -> dict[str, Path]:
     """Runs that were killed in step 10, and while the checkpoint of step 8 was written."""
     folder = tmp_path_factory.mktemp("killed")
-    words = options(encoder, reviews, folder, *ACCUMULATE)
+    words = options(dropping, reviews, folder, *ACCUMULATE)
     environment = {**os.environ, "PYTHONPATH": str(SCRIPTS), "OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, "-c", KILLED, str(folder), *words], env=environment, check=True)
     return {"step": folder / "die_in_a_step", "save": folder / "die_while_saving"}
 
 
-def test_killed_run_goes_on_exactly(capsys, encoder, reviews, uninterrupted, killed):
+def test_killed_run_goes_on_exactly(capsys, dropping, reviews, uninterrupted, killed):
     reference, expected = uninterrupted
     checkpoints = killed["step"] / "checkpoints"
     assert sorted(path.name for path in checkpoints.glob("step-*")) == ["step-00000006", "step-00000008"]
-    record = run(encoder, reviews, killed["step"], *ACCUMULATE, "--resume")
+    record = run(dropping, reviews, killed["step"], *ACCUMULATE, "--resume")
     assert "Resuming from step-00000008" in capsys.readouterr().out
     assert_same_run(killed["step"], record, reference, expected)
     last = [folder / "checkpoints" / "step-00000012" / "model.safetensors" for folder in (killed["step"], reference)]
@@ -194,11 +205,11 @@ def test_killed_run_goes_on_exactly(capsys, encoder, reviews, uninterrupted, kil
     assert len(list(checkpoints.glob("step-*"))) <= 3
 
 
-def test_run_killed_while_it_saved_goes_on_exactly(capsys, encoder, reviews, uninterrupted, killed):
+def test_run_killed_while_it_saved_goes_on_exactly(capsys, dropping, reviews, uninterrupted, killed):
     reference, expected = uninterrupted
     names = sorted(path.name for path in (killed["save"] / "checkpoints").glob("step-*"))
     assert names == ["step-00000004", "step-00000006", "step-00000008.partial"]
-    record = run(encoder, reviews, killed["save"], *ACCUMULATE, "--resume")
+    record = run(dropping, reviews, killed["save"], *ACCUMULATE, "--resume")
     assert "Resuming from step-00000006" in capsys.readouterr().out
     assert_same_run(killed["save"], record, reference, expected)
 
@@ -217,15 +228,15 @@ def interrupt_after(monkeypatch, batches: int) -> None:
 
 
 @pytest.mark.parametrize("damaged", ["model.safetensors", "random_states_0.pkl", "checkpoint.json"])
-def test_damaged_checkpoint_is_skipped(tmp_path, monkeypatch, capsys, encoder, reviews, uninterrupted, damaged):
+def test_damaged_checkpoint_is_skipped(tmp_path, monkeypatch, capsys, dropping, reviews, uninterrupted, damaged):
     reference, expected = uninterrupted
     output = tmp_path / "run"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupt_after(patch, 18)  # in step 10, the fourth of the second epoch
-        run(encoder, reviews, output, *ACCUMULATE)
+        run(dropping, reviews, output, *ACCUMULATE)
     path = output / "checkpoints" / "step-00000008" / damaged
     path.write_bytes(path.read_bytes()[:-40])
-    record = run(encoder, reviews, output, *ACCUMULATE, "--resume")
+    record = run(dropping, reviews, output, *ACCUMULATE, "--resume")
     out = capsys.readouterr().out
     assert "Skipping the checkpoint step-00000008: it is incomplete or damaged" in out
     assert "Resuming from step-00000006" in out

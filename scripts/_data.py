@@ -201,13 +201,15 @@ def _folder_rows(path: Path) -> Iterator[Row]:
             text = files[str(name)]().decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise InputError(f"{name} in {path} is not UTF-8 ({error}); convert it, as with iconv.") from error
+        except RuntimeError as error:  # what zipfile raises for a file that is encrypted
+            raise InputError(f"{name} in {path} cannot be read ({error}); unpack it and name the folder.") from error
         yield {"name": str(name), "text": text, "label": name.parent.name}
 
 
 def _hub(name: str, config: str | None, split: str, streaming: bool) -> Dataset | IterableDataset:
     try:
         return load_dataset(name, config, split=split, streaming=streaming)
-    except (OSError, ValueError) as error:  # OSError: also no connection
+    except (OSError, ValueError, RuntimeError) as error:  # also no connection, and data sets that are scripts
         raise InputError(f"{name} is no file or folder, and no dataset that loads from the Hub: {error}") from error
 
 

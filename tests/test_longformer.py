@@ -90,7 +90,7 @@ def test_gradients_are_the_same_within_the_window(tmp_path):
     assert set(found) == set(expected) and any("query_global" in name for name in found)
     largest = max(gradient.norm() for gradient in expected.values())
     for name, gradient in expected.items():  # of a key's bias the gradient is zero but for rounding
-        assert (found[name] - gradient).norm() < 1e-5 * max(gradient.norm(), 1e-2 * largest), name
+        assert (found[name] - gradient).norm() < 1e-5 * max(gradient.norm(), 3e-2 * largest), name
 
 
 def test_beyond_the_window_global_rows_are_exact_through_their_own_projections(tmp_path, monkeypatch):

@@ -74,7 +74,7 @@ def test_tables_hold_what_was_run_and_nothing_else(tmp_path, capsys):
     assert standard == ["- (57.69)", "12.50 (38.15)", "- (80.10)", "- (73.59)", "- (37.97)", "- (57.50)"]
     assert row_of(text, "Skeinformer")[1] == "- (62.47)" and "Performer" not in text
     assert row_of(text, "most frequent label")[1:3] == ["50.00", "30.00"] and guess(record, "listops") == 30
-    assert "| text | 3 of 50,000 | 4 of 128 |" in text
+    assert "| text | - | 3 of 50,000 | 4 of 128 |" in text
 
     rows = [row for row in record["rows"] if row["task"] == "text"]
     assert accuracies(rows) == [25, 50, 75]

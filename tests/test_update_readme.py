@@ -35,7 +35,7 @@ def test_a_figure_that_drifted_is_found_and_mended(copy, capsys, document):
         text = (copy / document).read_text()
         begin = text.index(f"<!-- {name}: begin -->")
         end = text.index(f"<!-- {name}: end -->", begin)
-        at = begin + max(m.end() - 1 for m in re.finditer(r"\d\.\d+", text[begin:end]))  # a digit of a figure
+        at = begin + max(m.end() - 1 for m in re.finditer(r"\d\.\d+|\d+(?= %)", text[begin:end]))  # a digit of a figure
         spoilt = text[:at] + str((int(text[at]) + 1) % 10) + text[at + 1 :]
         (copy / document).write_text(spoilt)
         assert update_readme.main(["--check"]) == 1

@@ -84,13 +84,13 @@ def test_within_the_window_it_is_the_same_model(auto, tmp_path):
 def test_gradients_are_the_same_within_the_window(tmp_path):
     gradients, inputs = [], {name: x[:1] for name, x in batch().items()}
     for model in pair(tmp_path, **NO_DROPOUT):
-        model.train()(**inputs).last_hidden_state.square().sum().backward()
+        model.double().train()(**inputs).last_hidden_state.square().sum().backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     expected, found = gradients
     assert set(found) == set(expected) and any("query_global" in name for name in found)
     largest = max(gradient.norm() for gradient in expected.values())
     for name, gradient in expected.items():  # of a key's bias the gradient is zero but for rounding
-        assert (found[name] - gradient).norm() < 1e-5 * max(gradient.norm(), 3e-2 * largest), name
+        assert (found[name] - gradient).norm() < 1e-5 * max(gradient.norm(), 1e-2 * largest), name
 
 
 def test_beyond_the_window_global_rows_are_exact_through_their_own_projections(tmp_path, monkeypatch):

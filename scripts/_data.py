@@ -364,6 +364,10 @@ def split_rows(
     def order(rows: Dataset) -> np.ndarray:
         return stratified_order([stratum(row) for row in rows], args.seed)
 
+    if args.streaming and args.max_train_documents is not None:
+        raise InputError("--max-train-documents cannot choose from a stream; --max-steps bounds what is read of it.")
+    if args.dataset_config and _is_local(args.dataset):
+        raise InputError(f"--dataset-config needs a dataset on the Hub; {args.dataset} is none.")
     parts, folds = {}, {}
     rest = None if args.streaming else reader.read(args.dataset, args.train_split)
     for part in PARTS[1:]:

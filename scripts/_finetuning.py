@@ -53,6 +53,7 @@ class Task:
         best_metric: The validation metric that chooses the best checkpoint: the higher the better, but the lower if its
             name ends in `loss`.
         lora_task: Its name in peft (`"SEQ_CLS"`, ...), by which peft knows the head, which is trained fully.
+        batches_add_up: Whether the losses of two batches are together that of one twice as large.
         validates_first: Whether the validation metrics are recorded before training, too, as those of step 0.
         args: The options.
         tokenizer: Set when the model is loaded, before `encode`.
@@ -63,6 +64,7 @@ class Task:
     columns: Mapping[str, str] = {"text": "text"}
     best_metric = "loss"
     lora_task: str | None = None
+    batches_add_up: bool = True
     validates_first: bool = False
 
     def __init__(self, args: argparse.Namespace) -> None:
@@ -273,7 +275,7 @@ def add_lora(model: PreTrainedModel, task: Task, args: argparse.Namespace) -> Pe
     Raises:
         InputError: peft does not know where to put them.
     """
-    targets = args.lora_target_modules
+    targets, rank = args.lora_target_modules, args.lora_rank or 8
     new = [name for name in model.new_modules if all(p.requires_grad for p in model.get_submodule(name).parameters())]
     frozen = [
         name
@@ -282,9 +284,9 @@ def add_lora(model: PreTrainedModel, task: Task, args: argparse.Namespace) -> Pe
     ]
     config = LoraConfig(
         task_type=task.lora_task,
-        r=args.lora_rank,
-        lora_alpha=args.lora_alpha,
-        lora_dropout=args.lora_dropout,
+        r=rank,
+        lora_alpha=args.lora_alpha or 2 * rank,
+        lora_dropout=args.lora_dropout or 0.0,
         target_modules=targets[0] if targets == ["all-linear"] else targets,
         exclude_modules=frozen or None,  # of no use to the task, such as the pooler to a mean
         modules_to_save=new or None,
@@ -308,21 +310,21 @@ def finetune(task_class: type[Task], argv: Sequence[str] | None = None) -> dict[
     try:
         return _run(task_class(args), args)
     except torch.OutOfMemoryError as error:
-        raise InputError(f"Out of memory. {_less_memory(args)} ({error})") from error
+        raise InputError(f"Out of memory. {_less_memory(task_class, args)} ({error})") from error
     except RuntimeError as error:  # what PyTorch raises on a CPU
         if "can't allocate memory" not in str(error):
             raise
-        raise InputError(f"Out of memory. {_less_memory(args)} ({error})") from error
+        raise InputError(f"Out of memory. {_less_memory(task_class, args)} ({error})") from error
 
 
-def _less_memory(args: argparse.Namespace) -> str:
+def _less_memory(task_class: type[Task], args: argparse.Namespace) -> str:
     factor = args.gradient_accumulation_steps
     ways = []
     if args.batch_size > 1:
-        ways.append(
-            f"--batch-size {args.batch_size // 2} --gradient-accumulation-steps {factor * 2} (the same "
-            "steps, in smaller batches)"
-        )
+        smaller = f"--batch-size {args.batch_size // 2}"
+        if task_class.batches_add_up:
+            smaller += f" --gradient-accumulation-steps {factor * 2} (the same steps, in smaller batches)"
+        ways.append(smaller)
     if not args.gradient_checkpointing:
         ways.append("--gradient-checkpointing")
     if args.mixed_precision in (None, "no"):

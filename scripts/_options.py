@@ -75,9 +75,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--lora-merge", action="store_true", help="save the model with its adapters merged, not the base beside them"
     )
-    group.add_argument("--lora-rank", type=positive_int, default=8, metavar="N", help="default %(default)s")
-    group.add_argument("--lora-alpha", type=positive_int, default=16, metavar="N", help="default %(default)s")
-    group.add_argument("--lora-dropout", type=fraction, default=0.0, metavar="X", help="default %(default)s")
+    group.add_argument("--lora-rank", type=positive_int, metavar="N", help="default 8")
+    group.add_argument("--lora-alpha", type=positive_int, metavar="N", help="default twice the rank")
+    group.add_argument("--lora-dropout", type=fraction, metavar="X", help="default 0")
     group.add_argument(
         "--lora-target-modules",
         nargs="+",
@@ -144,8 +144,11 @@ def check_options(args: argparse.Namespace) -> None:
         raise InputError(f"--output-dir {folder} is the folder of --model, which must stay; name another.")
     if args.streaming and args.max_steps is None:
         raise InputError("--streaming needs --max-steps: the length of a stream is not known.")
-    if args.lora_merge and not args.lora:
-        raise InputError("--lora-merge needs --lora.")
+    for option in ("merge", "rank", "alpha", "dropout", "target_modules"):
+        if getattr(args, f"lora_{option}") not in (None, False) and not args.lora:
+            raise InputError(f"--lora-{option.replace('_', '-')} needs --lora.")
+    if args.private and not args.push_to_hub:
+        raise InputError("--private needs --push-to-hub.")
     settings = skein_settings(args)
     if settings and args.attn != "skein":
         raise InputError(f"--attn {args.attn} has no setting {', '.join(settings)}; that needs --attn skein.")

@@ -266,8 +266,7 @@ def fit(
         The model as Accelerate prepared it, with the weights of the best evaluation, and the progress at the end.
 
     Raises:
-        InputError: The run to resume had other settings.
-        RuntimeError: The loss is not finite.
+        InputError: The run to resume had other settings, or the loss is not finite.
     """
     folder = args.output_dir / "checkpoints"
     if args.resume:
@@ -300,8 +299,9 @@ def fit(
         scheduler.step()
         progress.step += 1
         if not math.isfinite(loss):
-            raise RuntimeError(
-                f"The loss is {loss} at step {progress.step}: lower --learning-rate, or use bf16 instead of fp16."
+            raise InputError(
+                f"The loss is {loss} at step {progress.step}: lower --learning-rate, or use bf16 instead of fp16, and "
+                "start anew with --overwrite."
             )
         progress.losses.append(loss)
         progress.training_seconds += time.perf_counter() - begin

@@ -38,6 +38,10 @@ class Classification(Task):
 
     def __init__(self, args: argparse.Namespace) -> None:
         super().__init__(args)
+        if args.label_separator and args.problem != "multi-label":
+            raise InputError("--label-separator needs --problem multi-label.")
+        if args.labels and args.problem == "regression":
+            raise InputError("--labels has no meaning with --problem regression.")
         self.metric = {"single-label": Labels, "multi-label": LabelSets, "regression": Numbers}[args.problem]()
         self.best_metric = {"single-label": "accuracy", "multi-label": "micro_f1", "regression": "loss"}[args.problem]
         self.names: list[str] = list(args.labels or [])

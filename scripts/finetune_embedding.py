@@ -56,6 +56,7 @@ class Embedding(Task):
     columns: Mapping[str, str] = {"query": "query, or anchor", "document": "document that answers it, or positive"}
     best_metric = "mrr_at_10"
     lora_task = "FEATURE_EXTRACTION"
+    batches_add_up = False
 
     @staticmethod
     def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -23,12 +23,13 @@ from _finetuning import Row, Task, check_text, run_script
 from _metrics import Answers
 from datasets import Dataset
 from torch import nn
+from torch.nn import functional
 from transformers import AutoModelForQuestionAnswering, PreTrainedModel, PreTrainedTokenizerBase
 
 
-# Beyond every context: models ignore it in their loss.
-NOWHERE = 1 << 30
-NOT_FOR_MODEL = ("length", "offsets", "first", "last", "lost")
+NOWHERE = -100  # the place of an answer that is cut off
+NOT_FOR_COLLATOR = ("length", "offsets", "first", "last", "lost")
+NOT_FOR_MODEL = ("window", "start_positions", "end_positions")
 
 
 class QuestionAnswering(Task):
@@ -54,14 +55,14 @@ class QuestionAnswering(Task):
     def check(self, row: Row) -> Row:
         check_text(row, "question", "context")
         answers = row["answers"]
+        if answers is None or answers == "":
+            raise ValueError('have no answers; where there is none they are {"text": [], "answer_start": []}')
         if isinstance(answers, str):  # as a csv file has it
             try:
-                answers = json.loads(answers or "{}")
+                answers = json.loads(answers)
             except json.JSONDecodeError:
                 raise ValueError("have answers that are no JSON") from None
-        if not isinstance(answers, dict | None):
-            raise ValueError('have answers that are not {"text": [...], "answer_start": [...]}')
-        texts, starts = ((answers or {}).get(key) or [] for key in ("text", "answer_start"))
+        texts, starts = (answers.get(key) if isinstance(answers, dict) else None for key in ("text", "answer_start"))
         if not (isinstance(texts, list) and isinstance(starts, list) and len(texts) == len(starts)):
             raise ValueError('have answers that are not {"text": [...], "answer_start": [...]}')
         for text, start in zip(texts, starts, strict=True):
@@ -125,12 +126,13 @@ class QuestionAnswering(Task):
         return {"answers_truncated": sum(row["lost"] for row in encoded)}
 
     def collate(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
-        batch = super().collate([{n: v for n, v in row.items() if n not in NOT_FOR_MODEL} for row in rows])
-        # Not for the model either, but for `results`.
+        batch = super().collate([{n: v for n, v in row.items() if n not in NOT_FOR_COLLATOR} for row in rows])
         return {**batch, "window": torch.tensor([[row["first"], row["last"]] for row in rows])}
 
     def forward(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> Any:
-        return model(**{name: value for name, value in batch.items() if name != "window"})
+        output = model(**{name: value for name, value in batch.items() if name not in NOT_FOR_MODEL})
+        output.loss = span_loss(output, batch)
+        return output
 
     def weight(self, batch: dict[str, torch.Tensor]) -> int:
         return int((batch["start_positions"] != NOWHERE).sum())
@@ -162,6 +164,21 @@ class QuestionAnswering(Task):
             {"name": row["name"], "question": row["question"], "answers": row["answers"]["text"], "prediction": text}
             for row, text in zip(rows, self._texts(results, rows, encoded), strict=True)
         ]
+
+
+def span_loss(output: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Mean cross-entropy of the first and the last token of the answers that are in their documents.
+
+    Over valid tokens: models that are given the positions count padding as well, so that their loss depends on its
+    amount, and so on the documents beside.
+    """
+    padding = batch["attention_mask"] == 0  # [batch, n]
+    ends = ((output.start_logits, "start_positions"), (output.end_logits, "end_positions"))
+    losses = [
+        functional.cross_entropy(logits.float().masked_fill(padding, -torch.inf), batch[name], ignore_index=NOWHERE)
+        for logits, name in ends
+    ]
+    return (losses[0] + losses[1]) / 2
 
 
 def best_span(start: np.ndarray, end: np.ndarray, most: int) -> tuple[tuple[int, int] | None, float]:

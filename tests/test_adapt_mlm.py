@@ -2,11 +2,7 @@
 
 import json
 import math
-import os
 import random
-import subprocess
-import sys
-from pathlib import Path
 
 import _data
 import _finetuning
@@ -132,18 +128,3 @@ def test_bad_text(tmp_path, encoder, name, content, message):
     with pytest.raises(_data.InputError, match=message):
         finetune(script.MaskedLanguageModeling, options(encoder, tmp_path / name, tmp_path / "run"))
     assert not (tmp_path / "run").exists()
-
-
-def test_two_processes_report_the_losses_of_one(tmp_path, encoder, text):
-    scripts = Path(script.__file__).parent
-    launch = ["-m", "accelerate.commands.launch", "--config_file", str(scripts / "accelerate_configs" / "cpu.yaml")]
-    launch += ["--main_process_port", str(random.randrange(20_000, 40_000)), str(scripts / "adapt_mlm.py")]
-    more = ["--attn", "skein", "--max-length", 96, "--document-characters", 900, "--skein-min-length", 0, "--epochs", 1]
-    words = options(encoder, text, tmp_path / "two", *more, "--batch-size", 4)
-    subprocess.run([sys.executable, *launch, *words], env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True)
-    two = json.loads((tmp_path / "two" / "record.json").read_text())
-    one = finetune(script.MaskedLanguageModeling, options(encoder, text, tmp_path / "one", *more, "--batch-size", 8))
-    assert two["settings"]["processes"] == 2 and len(two["validation"]) == 2
-    assert two["losses"] == pytest.approx(one["losses"], rel=1e-3)
-    for found, expected in zip(two["validation"], one["validation"], strict=True):
-        assert found == pytest.approx(expected, rel=1e-3)

@@ -17,6 +17,7 @@ from transformers import (
     NystromformerConfig,
 )
 from transformers.models.big_bird.modeling_big_bird import BigBirdBlockSparseAttention
+from transformers.models.informer.modeling_informer import InformerProbSparseAttention
 from transformers.models.longformer.modeling_longformer import LongformerSelfAttention
 from transformers.models.nystromformer.modeling_nystromformer import NystromformerSelfAttention
 
@@ -93,8 +94,13 @@ def dense_performer(query, key, value):
     return kernel / kernel.sum(-1, keepdim=True) @ value
 
 
+def drawn_keys(heads):
+    """Places in `[0, 1)` of the sequence, `[heads, SIZE]`."""
+    return hf_skein.sketch.random.uniform(SEED, LAYER, HEADS[:heads], hf_skein.sketch.random.BASELINE_STREAM, SIZE)
+
+
 def dense_informer(query, key, value):
-    sampled = hf_skein.sketch.random.uniform(SEED, LAYER, HEADS, hf_skein.sketch.random.BASELINE_STREAM, SIZE)
+    sampled = drawn_keys(len(query))
     output = value.mean(1, keepdim=True).expand(*query.shape[:2], -1).clone()
     for head in range(len(query)):
         index = (sampled[head] * key.shape[1]).long()
@@ -321,6 +327,27 @@ def test_bigbird_is_that_of_transformers_with_the_same_random_blocks(monkeypatch
     theirs, _ = module(hidden, **masks, to_blocked_mask=masks["from_blocked_mask"])
     ours = BASELINES["bigbird"](*qkv, 8**-0.5, SIZE, SEED, LAYER, torch.arange(2))
     torch.testing.assert_close(ours.transpose(0, 1).flatten(1), theirs[0], rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+def test_informer_is_that_of_transformers_with_the_same_sample(monkeypatch):
+    n = 3 * SIZE  # Transformers then samples n keys, and calculates SIZE rows, 4 times the logarithm of n, exactly
+    module = InformerProbSparseAttention(8, 1, sampling_factor=4).double().eval()
+    module.out_proj = torch.nn.Identity()
+    hidden = torch.randn(1, n, 8, dtype=torch.float64)
+    ours = run_informer(module, hidden)
+    sample = (drawn_keys(1) * n).long()[0]
+    monkeypatch.setattr(torch, "randint", lambda *_: sample.repeat(3))
+    theirs = module(hidden)[0]
+    assert (theirs - theirs[:, :1]).abs().amax(-1).ne(0).sum() >= SIZE - 1  # not all rows are the mean
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+    monkeypatch.setattr(torch, "randint", lambda *_: torch.zeros(n, dtype=torch.long))
+    assert not torch.allclose(ours, module(hidden)[0])  # the sample matters
+
+
+def run_informer(module, hidden):
+    qkv = (project(hidden) for project in (module.q_proj, module.k_proj, module.v_proj))
+    return BASELINES["informer"](*qkv, module.scaling, SIZE, SEED, LAYER, HEADS[:1])
 
 
 # --- behind the signature of skein_attention ---

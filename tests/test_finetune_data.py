@@ -9,6 +9,7 @@ import _data
 import pandas as pd
 import pytest
 from _data import InputError, Reader, add_data_arguments, split_rows, stratified_order
+from _finetuning import check_text
 from _training import StreamSteps, TableSteps, length_grouped_steps, own_batches
 from datasets import ClassLabel, Dataset, IterableDataset, List
 from tiny_encoder import make_documents, write_jsonl
@@ -151,6 +152,8 @@ def test_folds_files_and_subsets(tmp_path, reviews):
         (["--test-split", "test"], "use --test-file"),
         (["--streaming"], "give --validation-file"),
         (["--validation-fraction", "0"], "no validation documents"),
+        (["--streaming", "--max-train-documents", "3"], "--max-train-documents cannot choose from a stream"),
+        (["--dataset-config", "en"], "--dataset-config needs a dataset on the Hub"),
     ],
 )
 def test_bad_split(reviews, more, message):
@@ -197,6 +200,34 @@ def test_unreadable_text_file(tmp_path):
     (tmp_path / "top" / "pos" / "cv009.txt").write_bytes(b"caf\xe9")
     with pytest.raises(InputError, match=r"top/pos/cv009\.txt .* is not UTF-8"):
         Reader(COLUMNS).read(tmp_path)
+
+
+def test_encrypted_zip_file(tmp_path):
+    path = tmp_path / "reviews.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("pos/cv000.txt", "great")
+    content = bytearray(path.read_bytes())
+    content[6] |= 1  # the flag of the file's own header
+    content[content.index(b"PK\x01\x02") + 8] |= 1  # and of the one at the end
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"pos/cv000\.txt in .* cannot be read \(.*encrypted.*\); unpack it"):
+        Reader(COLUMNS).read(path)
+
+
+def test_half_a_character(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "a \\ud800 b", "label": "x"}\n')
+    with pytest.raises(InputError, match="1 of 1 documents have half a character"):
+        Reader(COLUMNS, lambda row: check_text(row, "text")).read(path)
+
+
+def test_hub_dataset_that_is_a_script(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise RuntimeError("Dataset scripts are no longer supported, but found x.py")
+
+    monkeypatch.setattr(_data, "load_dataset", refuse)
+    with pytest.raises(InputError, match=r"no dataset that loads from the Hub: Dataset scripts are no longer"):
+        Reader(COLUMNS).read("some/dataset")
 
 
 # The documents of a step

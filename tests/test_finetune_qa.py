@@ -65,6 +65,26 @@ def test_spans_are_tokens(encoder):
     assert task.weight(task.collate(encoded)) == 4
 
 
+def test_loss_is_that_of_the_model_without_padding(encoder):
+    task = make_task(encoder, 40)
+    model = AutoModelForQuestionAnswering.from_pretrained(encoder)
+    rows = [{"name": str(i), **row} for i, row in enumerate(make_rows(12, longest=80))]
+    batch = task.collate(task.encode(rows))
+    lengths = batch["attention_mask"].sum(1).tolist()
+    weights = (batch["start_positions"] != NOWHERE).tolist()
+    assert len(set(lengths)) > 1 and len(set(weights)) == 2
+    expected = [
+        model(
+            input_ids=batch["input_ids"][i : i + 1, :n],
+            start_positions=batch["start_positions"][i : i + 1],
+            end_positions=batch["end_positions"][i : i + 1],
+        ).loss
+        for i, n in enumerate(lengths)
+        if weights[i]
+    ]
+    torch.testing.assert_close(task.forward(model, batch).loss, torch.stack(expected).mean(), rtol=1e-4, atol=1e-5)
+
+
 def test_best_span_is_the_best_of_all():
     draw = np.random.default_rng(0)
     for n in (1, 2, 9):
@@ -119,6 +139,9 @@ def test_training_learns_to_answer(tmp_path, encoder, capsys):
     [
         ({"question": " ", "context": "a", "answers": None}, "have no question"),
         ({"question": "a", "context": "", "answers": None}, "have no context"),
+        ({"question": "a", "context": "b", "answers": None}, "have no answers; where there is none"),
+        ({"question": "a", "context": "b", "answers": ""}, "have no answers"),
+        ({"question": "a", "context": "b", "answers": {"text": ["b"]}}, "have answers that are not"),
         ({"question": "a", "context": "b", "answers": "{"}, "have answers that are no JSON"),
         (
             {"question": "a", "context": "b", "answers": {"text": ["b"], "answer_start": []}},

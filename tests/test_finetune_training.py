@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import json
 import os
-import random
 import re
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from _data import InputError
 from _finetuning import finetune
 from accelerate import Accelerator
 from finetune_classification import Classification
+from finetune_embedding import Embedding
 from huggingface_hub import ModelCard
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -147,6 +147,7 @@ import os, signal, sys
 from accelerate import Accelerator
 from _finetuning import finetune
 from finetune_classification import Classification
+from finetune_embedding import Embedding
 
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
@@ -269,29 +270,19 @@ def test_best_checkpoint_and_early_stopping(tmp_path, monkeypatch, capsys, encod
     assert all(torch.equal(weight, saved[name]) for name, weight in load_file(best / "model.safetensors").items())
 
 
-# Processes
+# Batches
 
 
-def test_two_processes_are_one_with_their_batches_together(tmp_path, encoder, reviews):
+def test_accumulated_batches_are_one(tmp_path, encoder, reviews):
     more = ("--epochs", 1, "--learning-rate", "1e-3", "--attn", "skein", "--skein-min-length", 0)
-    more += ("--skein-num-columns", 8, "--max-train-documents", 23, "--gradient-accumulation-steps")
-    config = SCRIPTS / "accelerate_configs" / "cpu.yaml"
-    port = str(random.randrange(20_000, 40_000))
-    launch = ["-m", "accelerate.commands.launch", "--config_file", str(config), "--main_process_port", port]
-    words = options(encoder, reviews, tmp_path / "two", *more, 1, "--batch-size", 4)
-    script = str(SCRIPTS / "finetune_classification.py")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([sys.executable, *launch, script, *words], env=environment)
+    more += ("--skein-num-columns", 8, "--max-train-documents", 23)
     without_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     assert BertConfig.from_pretrained(encoder).to_dict().items() >= without_dropout.items()
-    one = run(encoder, reviews, tmp_path / "one", *more, 1, "--batch-size", 8)
-    accumulated = run(encoder, reviews, tmp_path / "accumulated", *more, 4, "--batch-size", 2)
-    assert process.wait() == 0
-    two = json.loads((tmp_path / "two" / "record.json").read_text())
-    assert two["settings"]["processes"] == 2 and len(two["losses"]) == 3
-    for other in (two, accumulated):
-        assert other["losses"] == pytest.approx(one["losses"], rel=1e-4)
-        assert other["test"]["loss"] == pytest.approx(one["test"]["loss"], rel=1e-3)
+    one = run(encoder, reviews, tmp_path / "one", *more, "--batch-size", 8)
+    several = ("--batch-size", 2, "--gradient-accumulation-steps", 4, "--gradient-checkpointing")
+    accumulated = run(encoder, reviews, tmp_path / "accumulated", *more, *several)
+    assert len(one["losses"]) == 3 and accumulated["losses"] == pytest.approx(one["losses"], rel=1e-4)
+    assert accumulated["test"]["loss"] == pytest.approx(one["test"]["loss"], rel=1e-3)
 
 
 # LoRA
@@ -402,6 +393,11 @@ def test_tensorboard(tmp_path, encoder, reviews):
         (["--too-long", "error"], r"\d+ of 64 train documents have more than 64 tokens, the longest \d+"),
         (["--streaming"], "--streaming needs --max-steps"),
         (["--lora-merge"], "--lora-merge needs --lora"),
+        (["--lora-rank", "8"], "--lora-rank needs --lora"),
+        (["--lora-target-modules", "query"], "--lora-target-modules needs --lora"),
+        (["--private"], "--private needs --push-to-hub"),
+        (["--label-separator", ","], "--label-separator needs --problem multi-label"),
+        (["--labels", "neg", "pos", "--problem", "regression"], "--labels has no meaning"),
         (["--tracker", "clearml"], "--tracker clearml is not installed; installed are .*tensorboard"),
         (["--push-to-hub", "a/b/c"], "--push-to-hub a/b/c is no owner/name"),
         (["--push-to-hub", "a/b"], "for models with skein attention"),
@@ -453,18 +449,69 @@ def test_result_is_pushed(tmp_path, monkeypatch, encoder, reviews):
         run(encoder, reviews, tmp_path / "again", *more)
 
 
-def test_out_of_memory_names_the_options_that_help(tmp_path, monkeypatch, encoder, reviews):
+@pytest.mark.parametrize(
+    ("task", "smaller"),
+    [
+        (Classification, r"--batch-size 4 --gradient-accumulation-steps 2 \(the same steps, in smaller batches\)"),
+        (Embedding, "--batch-size 4"),
+    ],
+)
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("Tried to allocate 8 GiB."),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: 8 GiB."),
+    ],
+    ids=["gpu", "cpu"],
+)
+def test_out_of_memory_names_the_options_that_help(tmp_path, monkeypatch, encoder, task, smaller, error):
     def fail(self, model, batch):
-        raise torch.OutOfMemoryError("Tried to allocate 8 GiB.")
+        raise error
 
-    monkeypatch.setattr(Classification, "forward", fail)
+    monkeypatch.setattr(task, "forward", fail)
+    rows = [{name: f"w{i}" for name in task.columns} for i in range(2)] * 20
     message = (
-        r"Out of memory\. Less of it take: --batch-size 4 --gradient-accumulation-steps 2 .*, "
-        r"--gradient-checkpointing, --mixed-precision bf16, --lora, a --max-length below 64\. "
-        r"\(Tried to allocate 8 GiB\.\)"
+        rf"Out of memory\. Less of it take: {smaller}, --gradient-checkpointing, --mixed-precision bf16, --lora, "
+        rf"a --max-length below 64\. \({re.escape(str(error))}\)"
     )
     with pytest.raises(InputError, match=message):
+        finetune(task, options(encoder, write_jsonl(tmp_path / "rows.jsonl", rows), tmp_path / "run"))
+
+
+def test_what_pytorch_says_when_a_cpu_has_too_little_memory():
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        torch.empty(1 << 60, dtype=torch.uint8)
+
+
+def test_other_errors_are_not_taken_for_want_of_memory(tmp_path, monkeypatch, encoder, reviews):
+    def fail(self, model, batch):
+        raise RuntimeError("shape mismatch")
+
+    monkeypatch.setattr(Classification, "forward", fail)
+    with pytest.raises(RuntimeError, match="shape mismatch"):
         run(encoder, reviews, tmp_path / "run")
+
+
+def test_a_loss_that_is_not_finite(tmp_path, monkeypatch, encoder, reviews):
+    forward = Classification.forward
+
+    def diverge(self, model, batch):
+        output = forward(self, model, batch)
+        output.loss = output.loss * torch.inf
+        return output
+
+    monkeypatch.setattr(Classification, "forward", diverge)
+    with pytest.raises(InputError, match=r"The loss is inf at step 1: lower --learning-rate, .* with --overwrite"):
+        run(encoder, reviews, tmp_path / "run")
+
+
+def test_a_stream_with_a_document_that_is_too_long(tmp_path, encoder, reviews):
+    short = write_jsonl(tmp_path / "short.jsonl", [{"text": "great", "label": "pos"}])
+    stream = ("--streaming", "--max-steps", 2, "--labels", "neg", "pos", "--validation-file", short)
+    message = r"\d+ of \d+ training documents have more than 64 tokens; raise --max-length"
+    with pytest.raises(InputError, match=message):
+        run(encoder, reviews, tmp_path / "run", *stream, "--too-long", "error")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_refusal_is_a_message_and_status_1(monkeypatch, tmp_path):

@@ -23,7 +23,7 @@ from transformers.masking_utils import bidirectional_mask_function, prepare_padd
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 from transformers.utils import logging
 
-from .attention import skein_attention, valid_from_additive
+from .attention import _none_if_all, skein_attention, valid_from_additive
 from .config import SkeinConfig
 from .local import band_mask, local_attention
 
@@ -266,7 +266,8 @@ def _exact(
             return local_attention(query, key, value, mask, scaling, dropout).transpose(1, 2).contiguous(), None
         mask = _dense(mask)
     elif mask is not None and mask.ndim == 2:
-        mask = None if bool(mask.all()) else mask[:, None, None, :].expand(-1, 1, query.shape[2], -1)
+        mask = _none_if_all(mask)
+        mask = None if mask is None else mask[:, None, None, :].expand(-1, 1, query.shape[2], -1)
     if not needs_eager:
         return sdpa_attention_forward(
             module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs

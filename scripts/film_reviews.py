@@ -31,14 +31,17 @@ FOLDS = ("--fold-regex", r"cv(\d)", "--validation-fold", "8", "--test-fold", "9"
 
 # How each case reads a review: its title, and options of finetune_classification.py.
 CASES = {
-    "truncated": ("truncated, exact", ("--attn", "sdpa")),
-    "exact": ("exact", ("--attn", "sdpa")),
+    "truncated": ("truncated at {truncate}, exact", ("--attn", "sdpa")),
+    "exact": ("whole, exact", ("--attn", "sdpa")),
     **{
-        f"skein-{columns}": (f"skein, {columns} columns", ("--attn", "skein", "--skein-num-columns", str(columns)))
+        f"skein-{columns}": (
+            f"whole, skein, {columns} columns",
+            ("--attn", "skein", "--skein-num-columns", str(columns)),
+        )
         for columns in (64, 128, 256)
     },
     "skeinformer-256": (
-        "Skeinformer, 256 columns",
+        "whole, Skeinformer, 256 columns",
         ("--attn", "skein", "--skein-method", "skeinformer", "--skein-num-columns", "256"),
     ),
 }
@@ -119,6 +122,11 @@ def run_case(args: argparse.Namespace, case: str, seed: int) -> Record:
 # The record
 
 
+def title(case: str, record: Record) -> str:
+    """What tables and pictures call a case."""
+    return CASES[case][0].format(**record)
+
+
 def summarize(rows: list[Record]) -> dict[str, Record]:
     """Of each case, over its seeds: mean accuracy and its deviation, and what it cost.
 
@@ -145,7 +153,7 @@ def print_summary(record: Record) -> None:
     table = [["", "accuracy", "test loss", "training min", "peak MiB"]]
     for case, found in record["summary"].items():
         deviation = "" if found["accuracy_std"] is None else f" ± {100 * found['accuracy_std']:.1f}"
-        cells = [CASES[case][0], f"{100 * found['accuracy']:.1f}{deviation} %", f"{found['loss']:.3f}"]
+        cells = [title(case, record), f"{100 * found['accuracy']:.1f}{deviation} %", f"{found['loss']:.3f}"]
         costs = [f"{found['training_minutes']:.1f}", f"{found['peak_memory_mib']:.0f}"]
         table.append([*cells, *costs])
     print(format_table(f"Film reviews, seeds {', '.join(map(str, record['seeds']))}", table))
@@ -156,7 +164,9 @@ def plot(record: Record, output: Path) -> None:
     figure, ((left, right),) = new_figure(2)
     for case, found in record["summary"].items():
         rows = [row for row in record["rows"] if row["case"] == case]
-        (line,) = left.plot(found["training_minutes"], 100 * found["accuracy"], "o", markersize=9, label=CASES[case][0])
+        (line,) = left.plot(
+            found["training_minutes"], 100 * found["accuracy"], "o", markersize=9, label=title(case, record)
+        )
         minutes = [found["training_minutes"]] * len(rows)
         left.plot(minutes, [100 * row["accuracy"] for row in rows], "_", color=line.get_color())
         right.plot(found["training_minutes"], found["peak_memory_mib"], "o", markersize=9, color=line.get_color())

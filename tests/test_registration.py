@@ -409,6 +409,20 @@ def test_a_cache_with_more_keys_than_queries_is_exact(log):
     assert any("prefix tuning" in record.getMessage() for record in log.records)
 
 
+def test_exact_attention_does_not_look_into_a_mask_while_a_graph_is_made():
+    """A padded batch with fewer queries than keys, as with a cache, under `torch.compile(fullgraph=True)`."""
+    module = bert().encoder.layer[0].attention.self
+    query, key, value = (torch.randn(2, 2, n, 16) for n in (3, 7, 7))
+    mask = torch.tensor([[1] * 7, [1] * 4 + [0] * 3], dtype=torch.bool)
+
+    def run(mask):
+        return registration._exact(module, query, key, value, mask, 0.0, None, False, {})[0]
+
+    compiled = torch.compile(run, fullgraph=True, backend="eager")
+    for one in (mask, torch.ones_like(mask)):
+        torch.testing.assert_close(compiled(one), run(one))
+
+
 def test_prefix_tuning_with_peft(log):
     peft = pytest.importorskip("peft")
     settings = peft.PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=5)

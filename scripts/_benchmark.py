@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import psutil
 import torch
 import torch.nn.functional as F
-from _record import provenance
+from _record import origin, provenance
 from torch import Tensor
 from tqdm import tqdm
 from transformers import (
@@ -471,9 +471,6 @@ def save_figure(figure: Any, title: str, record: dict[str, Any], output: Path) -
     """Writes `<output>.png` with a title and the hardware and versions of the record."""
     from matplotlib import pyplot
 
-    hardware = record["hardware"]
-    on_gpu = torch.device(record["device"]).type != "cpu"
-    where = hardware["gpu"] if on_gpu else f"{hardware['cpu']}, threads: {hardware['threads']}"
-    figure.suptitle(f"{title}; {where}; torch {record['versions']['torch']}", fontsize=10)
+    figure.suptitle(f"{title}\n{origin(record)}", fontsize=10)
     figure.savefig(output.with_suffix(".png"), dpi=120)
     pyplot.close(figure)

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from _data import PARTS, InputError, Reader, Row, add_data_arguments, split_rows
 from _options import add_model_arguments, add_training_arguments, check_options, skein_settings
-from _record import provenance, write_json
+from _record import origin, provenance, write_json
 from _training import Batch, Metrics, Progress, StreamSteps, TableSteps, fit, predict
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, set_seed
@@ -558,7 +558,7 @@ def save_record(folder: Path, record: dict[str, Any], predictions: list[Row] | N
 
 
 def draw_learning_curve(path: Path, record: Mapping[str, Any]) -> None:
-    """Training loss by step, and the validation metrics below it."""
+    """Training loss by step, and the validation metrics below it; what was run, and on what."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -575,6 +575,9 @@ def draw_learning_curve(path: Path, record: Mapping[str, Any]) -> None:
         axis.axvline(record["best_step"], color="black", linestyle="dotted")
         axis.set_ylabel(f"validation {name.replace('_', ' ')}")
     axes[-1].set_xlabel("step (dotted: the best checkpoint)")
+    settings = record["settings"]
+    title = f"{settings['model']}, {settings['attn']}, up to {settings['max_length']} tokens"
+    figure.suptitle(f"{title}\n{origin(record)}", fontsize=8)
     figure.savefig(path, dpi=120)
 
 

@@ -37,6 +37,15 @@ def provenance(*packages: str) -> dict[str, Any]:
     return {"versions": versions, "hardware": hardware, "commit": _commit()}
 
 
+def origin(record: dict[str, Any]) -> str:
+    """Hardware and versions of a record in a line, for pictures."""
+    hardware, versions = record["hardware"], record["versions"]
+    on_gpu = hardware["gpu"] and not record.get("device", "cuda").startswith("cpu")
+    where = hardware["gpu"] if on_gpu else f"{hardware['cpu']}, threads: {hardware['threads']}"
+    named = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers", "triton") if name in versions)
+    return f"{where}; {named}"
+
+
 def _cpu_name() -> str | None:
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():

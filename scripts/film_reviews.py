@@ -170,9 +170,10 @@ def plot(record: Record, output: Path) -> None:
         minutes = [found["training_minutes"]] * len(rows)
         left.plot(minutes, [100 * row["accuracy"] for row in rows], "_", color=line.get_color())
         right.plot(found["training_minutes"], found["peak_memory_mib"], "o", markersize=9, color=line.get_color())
-    left.set(xlabel="training, minutes", ylabel="test accuracy, % (bars: seeds)")
-    right.set(xlabel="training, minutes", ylabel="peak memory, MiB")
-    left.legend()
+    clock = "minutes" if record["rows"][0]["hardware"]["gpu"] else "processor minutes"
+    left.set(xlabel=f"training, {clock}", ylabel="test accuracy, % (bars: seeds)")
+    right.set(xlabel=f"training, {clock}", ylabel="peak memory, MiB")
+    figure.legend(loc="outside lower center", ncols=3)
     for axis in (left, right):
         axis.grid(alpha=0.3)
     counts = f"{record['train_documents']} training reviews, epochs: {record['epochs']}"

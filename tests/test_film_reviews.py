@@ -1,10 +1,14 @@
 """scripts/film_reviews.py: from excerpts to the table, on a tiny encoder; what is complete is kept."""
 
 import json
+import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import film_reviews
 import pytest
+from _finetuning import finetune
+from finetune_classification import Classification
 from tiny_encoder import make_documents, make_encoder
 
 
@@ -23,7 +27,16 @@ def options(tmp_path_factory):
 
 
 def test_runs_make_a_record_and_complete_ones_are_kept(options, capsys, monkeypatch):
+    commands = []
+
+    def run_first(command, **settings):
+        """The others in this process, which saves their imports."""
+        commands.append(command)
+        return finetune(Classification, command[2:]) if len(commands) > 1 else subprocess.run(command, **settings)
+
+    monkeypatch.setattr(film_reviews, "subprocess", SimpleNamespace(run=run_first))
     record = film_reviews.main(options)
+    assert len(commands) == 3 and {command[1] for command in commands} == {str(film_reviews.SCRIPT)}
     assert [row["case"] for row in record["rows"]] == ["truncated", "skein-64"]
     truncated, skein = record["rows"]
     assert truncated["lengths"]["train"]["truncated"] > 0 and skein["lengths"]["train"]["truncated"] == 0

@@ -147,7 +147,6 @@ import os, signal, sys
 from accelerate import Accelerator
 from _finetuning import finetune
 from finetune_classification import Classification
-from finetune_embedding import Embedding
 
 def die():
     os.kill(os.getpid(), signal.SIGKILL)

@@ -279,8 +279,12 @@ def _cifar_row(row: Row) -> Row:
 
 
 def grey(pixels: np.ndarray) -> np.ndarray:
-    """Red, green and blue `[3, ...]` uint8 as luma by ITU-R BT.601, rounded down, as Long Range Arena has it."""
-    return np.tensordot(np.array([0.2989, 0.5870, 0.1140]), pixels, 1).astype(np.uint8)
+    """Red, green and blue `[3, ...]` uint8 as luma by ITU-R BT.601.
+
+    As Long Range Arena has it, by TensorFlow: weights that add up to 0.9999, and levels up to 255.5, rounded down.
+    """
+    weights = np.array([0.2989, 0.5870, 0.1140], np.float32)
+    return (np.tensordot(weights, pixels / np.float32(255), 1) * np.float32(255.5)).astype(np.uint8)
 
 
 def level_ids(pixels: np.ndarray) -> np.ndarray:

@@ -25,21 +25,25 @@ class Method:
         attention: What Transformers is given as `attn_implementation`.
         settings: Fields of `SkeinConfig`.
         attention_dropout: Only exact attention has it in the paper's code; without it (a row of its own) it is 0.
+        draws_anew: Whether its random numbers are others in every step; else they are those of the run, as weights are.
     """
 
     title: str
     attention: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     attention_dropout: float = 0.0
+    draws_anew: bool = False
 
 
 def _skeinformer(title: str, **ablation: Any) -> Method:
     # 256 columns and pilots, as in the paper's code. min_length=0: the sketch is what is compared, at any length.
-    return Method(title, "skein", {"method": "skeinformer", "num_columns": 256, "min_length": 0, **ablation})
+    settings = {"method": "skeinformer", "num_columns": 256, "min_length": 0, **ablation}
+    return Method(title, "skein", settings, draws_anew=True)
 
 
-def _baseline(title: str, name: str, size: int = 128) -> Method:
-    return Method(title, f"skein:{name}", {"num_columns": size, "min_length": 0})  # the size in the paper's code
+def _baseline(title: str, name: str, size: int = 128, draws_anew: bool = False) -> Method:
+    # The size in the paper's code.
+    return Method(title, f"skein:{name}", {"num_columns": size, "min_length": 0}, draws_anew=draws_anew)
 
 
 METHODS = {
@@ -48,8 +52,8 @@ METHODS = {
     "vmean": Method("V-Mean", "skein", {"method": "vmean", "num_columns": 1, "min_length": 0}),
     "linformer": _baseline("Linformer", "linformer"),
     "linformer-jl": _baseline("Linformer, unreduced JL", "linformer-jl"),
-    "informer-unmasked": _baseline("Informer", "informer-unmasked"),
-    "informer": _baseline("Informer, padding mask", "informer"),
+    "informer-unmasked": _baseline("Informer", "informer-unmasked", draws_anew=True),
+    "informer": _baseline("Informer, padding mask", "informer", draws_anew=True),
     "nystromformer": _baseline("Nyströmformer", "nystromformer"),
     "performer": _baseline("Performer", "performer"),
     "bigbird": _baseline("BigBird", "bigbird", 512),  # 8 blocks of 64 keys
@@ -69,10 +73,12 @@ class Classifier(nn.Module):
         task: Says the vocabulary, the longest sequence, the number of labels, and of texts per example: one, or two
             that are encoded by the same weights and meet in the head as `[u, v, u * v, u - v]`.
         method: The attention.
+        seed: Of the random numbers of a method that keeps them.
     """
 
-    def __init__(self, task: Task, method: Method) -> None:
+    def __init__(self, task: Task, method: Method, seed: int = 0) -> None:
         super().__init__()
+        self.method = method
         config = RobertaPreLayerNormConfig(
             vocab_size=task.vocabulary,
             hidden_size=64,
@@ -89,15 +95,15 @@ class Classifier(nn.Module):
             initializer_range=(3 * 64) ** -0.5,  # the deviation of PyTorch's own start of a linear layer of width 64
         )
         if method.attention.startswith("skein"):
-            hf_skein.configure(config, **method.settings)
+            hf_skein.configure(config, **method.settings, seed=seed)
         config._attn_implementation = method.attention
         self.encoder = RobertaPreLayerNormModel(config, add_pooling_layer=False)
         width = config.hidden_size * (1 if task.texts == 1 else 4)
         self.head = nn.Sequential(nn.Linear(width, 128), nn.ReLU(), nn.Linear(128, task.labels))
 
     def reseed(self, seed: int) -> None:
-        """Makes a sketch draw other random numbers from now on; those of the baselines stay, as parameters would."""
-        if self.encoder.config._attn_implementation == "skein":
+        """Makes a method that draws anew draw other random numbers from now on."""
+        if self.method.draws_anew:
             hf_skein.configure(self.encoder, seed=seed % 2**32)
 
     def encode(self, input_ids: Tensor) -> Tensor:

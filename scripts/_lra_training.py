@@ -102,7 +102,7 @@ def run(
 
     accelerator.print(f"{folder.name}:")
     set_seed(settings["seed"])
-    model = Classifier(task, METHODS[settings["method"]])
+    model = Classifier(task, METHODS[settings["method"]], settings["seed"])
     largest = _largest_batch(accelerator, model, task) if probe else None
     objective = Classification()
 

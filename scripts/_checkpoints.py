@@ -40,8 +40,7 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, best: int
         write_json(partial / MANIFEST, {"best": best, "sha256": _digests(partial)})
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
-        # Those after this one are damaged: else the run would have continued from them.
-        kept = [path for path in _checkpoints(folder) if path.name <= final.name][-keep:]
+        kept = _checkpoints(folder)[-keep:]
         kept += [_path(folder, _manifest(path)["best"]) for path in kept]
         for path in set(_checkpoints(folder)) - set(kept):
             shutil.rmtree(path)
@@ -49,15 +48,38 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, best: int
 
 
 def load_checkpoint(accelerator: Accelerator, folder: Path) -> Path | None:
-    """Restores the last checkpoint that is complete, as is the best one by then; returns it, or `None`."""
-    for path in reversed(_checkpoints(folder)):
-        damage = find_damage(path)
-        if damage is None:
-            accelerator.load_state(str(path))
-            accelerator.print(f"Resuming from {path.name}.")
-            return path
-        accelerator.print(f"Skipping the checkpoint {path.name}: it is incomplete or damaged ({damage}).")
-    return None
+    """Restores the last checkpoint that is complete, and deletes those after it; `None` if there are none at all.
+
+    One whose best one is damaged is taken only if there is no other.
+
+    Raises:
+        InputError: There are checkpoints, and all are damaged.
+    """
+    paths = list(reversed(_checkpoints(folder)))
+    damage = {path: find_damage(path) for path in paths}
+    complete = [path for path in paths if damage[path] is None]
+    lost = {path: _damage_of_best(path) for path in complete}
+    chosen = next((path for path in complete if lost[path] is None), complete[0] if complete else None)
+    if paths and chosen is None:
+        raise InputError(f"All checkpoints in {folder} are damaged ({damage[paths[0]]}); start anew with --overwrite.")
+    skipped = paths[: paths.index(chosen)] if chosen else []
+    for path in skipped:
+        found = damage[path] or lost[path]
+        accelerator.print(f"Skipping the checkpoint {path.name}: it is incomplete or damaged ({found}).")
+    if chosen is None:
+        return None
+    accelerator.load_state(str(chosen))
+    accelerator.print(f"Resuming from {chosen.name}.")
+    accelerator.wait_for_everyone()  # all have looked at those that are deleted
+    if accelerator.is_main_process:
+        for path in skipped:
+            shutil.rmtree(path)
+    return chosen
+
+
+def is_complete(folder: Path, step: int) -> bool:
+    """Whether there is an undamaged checkpoint of a step."""
+    return find_damage(_path(folder, step)) is None
 
 
 def load_best(accelerator: Accelerator, folder: Path, step: int) -> None:
@@ -69,37 +91,39 @@ def load_best(accelerator: Accelerator, folder: Path, step: int) -> None:
     path = _path(folder, step)
     damage = find_damage(path)
     if damage is not None:
-        raise InputError(
-            f"The best checkpoint, {path.name}, is damaged ({damage}). --resume goes back to one that is not."
-        )
+        raise InputError(f"The best checkpoint, {path.name}, is damaged ({damage}). --resume goes on without it.")
     accelerator.load_state(str(path))
 
 
 def find_damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint, or with the one that was the best by then; `None` if nothing is."""
+    """What is wrong with a checkpoint; `None` if nothing is."""
     # Digests are compared before anything is loaded: a bad file must not leave the model half overwritten.
     try:
         manifest = _manifest(path)
         damaged = sorted(name for name, digest in manifest["sha256"].items() if digest != _sha256(path / name))
     except (OSError, ValueError) as error:
         return type(error).__name__
-    if damaged:
-        return ", ".join(damaged)
-    best = _path(path.parent, manifest["best"])
-    if manifest["best"] and best != path:
-        damage = find_damage(best)
-        return damage and f"of the best one, {best.name}: {damage}"
-    return None
+    return ", ".join(damaged) or None
+
+
+def _damage_of_best(path: Path) -> str | None:
+    """What is wrong with the checkpoint that was the best when a complete one was saved; `None` if nothing is."""
+    step = _manifest(path)["best"]
+    best = _path(path.parent, step)
+    damage = find_damage(best) if step else None
+    return damage and f"of the best one, {best.name}: {damage}"
 
 
 def check_same_run(folder: Path, settings: Mapping[str, Any]) -> None:
     """Compares settings to those that the run in `folder` began with.
 
     Raises:
-        InputError: They differ; the message says where.
+        InputError: They differ, and the message says where; or there are checkpoints of nobody knows what.
     """
     path = folder / "settings.json"
     if not path.exists():
+        if _checkpoints(folder):
+            raise InputError(f"{folder} has checkpoints, but no {path.name}; start anew with --overwrite.")
         return
     before, now = json.loads(path.read_text(encoding="utf-8")), json.loads(json.dumps(settings))
     changed = [

@@ -5,6 +5,7 @@ import codecs
 import csv
 import functools
 import json
+import math
 import re
 import sys
 import zipfile
@@ -36,6 +37,30 @@ def positive_int(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not an integer above 0")
+    return value
+
+
+def positive_float(text: str) -> float:
+    """An argument that is a finite number above 0."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+    return value
+
+
+def non_negative_float(text: str) -> float:
+    """An argument that is a finite number, 0 or more."""
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of 0 or more")
+    return value
+
+
+def random_seed(text: str) -> int:
+    """An argument that NumPy takes for a seed: 32 bits."""
+    value = int(text)
+    if not 0 <= value < 1 << 32:
+        raise argparse.ArgumentTypeError(f"{value} is not from 0 to 2**32 - 1")
     return value
 
 
@@ -287,7 +312,9 @@ class Reader:
         names = [row["name"] if is_folder else str(number) for number, row in enumerate(rows, first)]
         rows = [_named_labels(row, features or {}) for row in rows]
         for actual in columns.values():
-            _check_types(source, actual, names, [row.get(actual) for row in rows])
+            values = [row.get(actual) for row in rows]
+            _check_types(source, actual, names, values)
+            _check_characters(source, actual, names, values)
         good, bad = [], []
         for name, row in zip(names, rows, strict=True):
             try:
@@ -317,6 +344,24 @@ def _check_types(source: str | Path, column: str, names: Sequence[str], values: 
     if len(first) > 1:
         found = " and ".join(f"{kind} (first in {name!r})" for kind, name in first.items())
         raise InputError(f"{source}: the column {column} mixes {found}; all its values must be of one type.")
+
+
+def _check_characters(source: str | Path, column: str, names: Sequence[str], values: Sequence[Any]) -> None:
+    """No tokenizer takes half a character, which JSON allows."""
+    bad = [name for name, value in zip(names, values, strict=True) if _has_surrogate(value)]
+    if bad:
+        raise InputError(
+            f"{source}: {len(bad)} of {len(names)} documents have half a character (a lone surrogate) in their column "
+            f"{column}, first {bad[0]!r}."
+        )
+
+
+def _has_surrogate(value: Any) -> bool:
+    if isinstance(value, str):
+        return re.search("[\ud800-\udfff]", value) is not None
+    if isinstance(value, dict):
+        value = list(value.values())
+    return isinstance(value, list) and any(map(_has_surrogate, value))
 
 
 def _kind(value: Any) -> str:
@@ -384,6 +429,8 @@ def split_rows(
     else:
         if bool(folds) != bool(args.fold_regex):
             raise InputError("--fold-regex needs --validation-fold or --test-fold, and the other way round.")
+        if len(set(folds.values())) < len(folds):
+            raise InputError(f"--validation-fold and --test-fold are both {folds['test']}.")
         if folds:
             found = [re.search(args.fold_regex, name) for name in rest["name"]]
             if None in found:

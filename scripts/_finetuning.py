@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from _checkpoints import check_same_run
 from _data import PARTS, InputError, Reader, Row, add_data_arguments, split_rows
 from _options import add_model_arguments, add_training_arguments, check_options, skein_settings
 from _record import origin, provenance, write_json
@@ -157,8 +158,6 @@ def check_text(row: Row, *columns: str) -> Row:
     for column in columns:
         if not (isinstance(row[column], str) and row[column].strip()):
             raise ValueError(f"have no {column}")
-        if any("\ud800" <= character <= "\udfff" for character in row[column]):
-            raise ValueError(f"have half a character (a lone surrogate) in their {column}")
     return row
 
 
@@ -182,8 +181,7 @@ def make_parser(task_class: type[Task]) -> argparse.ArgumentParser:
 
 
 def start(args: argparse.Namespace) -> Accelerator:
-    """Checks the options; sets up devices and random numbers."""
-    check_options(args)
+    """Sets up devices and random numbers."""
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),  # else processes on CPUs would not find each other
         mixed_precision=args.mixed_precision,
@@ -265,17 +263,25 @@ def load_model(
             raise InputError(f"--max-length {args.max_length}: the model takes {limit} tokens. {error}") from error
     tokenizer.model_max_length = args.max_length
     if args.gradient_checkpointing:
+        if not model.supports_gradient_checkpointing:
+            raise InputError(f"--gradient-checkpointing: {type(model).__name__} does not support it.")
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return tokenizer, model
 
 
 def add_lora(model: PreTrainedModel, task: Task, args: argparse.Namespace) -> PeftModel:
-    """The model with adapters, which are trained, as are the head and all other weights that the checkpoint lacks.
+    """The model with adapters, which are trained, as are a head of labels and all weights that the checkpoint lacks.
 
     Raises:
-        InputError: peft does not know where to put them.
+        InputError: peft does not know where to put them, or weights that are new are also those of the embeddings.
     """
     targets, rank = args.lora_target_modules, args.lora_rank or 8
+    embeddings = model.get_input_embeddings().weight
+    if any(weight is embeddings for name in model.new_modules for weight in model.get_submodule(name).parameters()):
+        raise InputError(
+            f"--lora: --model {args.model} lacks the head, which shares the embeddings that adapters leave alone. "
+            "Train the head first, without --lora."
+        )
     new = [name for name in model.new_modules if all(p.requires_grad for p in model.get_submodule(name).parameters())]
     frozen = [
         name
@@ -307,6 +313,7 @@ def finetune(task_class: type[Task], argv: Sequence[str] | None = None) -> dict[
         InputError: The data or the options cannot be used, or memory is too small; the message says what to change.
     """
     args = make_parser(task_class).parse_args(argv)
+    check_options(args)
     try:
         return _run(task_class(args), args)
     except torch.OutOfMemoryError as error:
@@ -331,7 +338,8 @@ def _less_memory(task_class: type[Task], args: argparse.Namespace) -> str:
         ways.append("--mixed-precision bf16")
     if not args.lora:
         ways.append("--lora")
-    return f"Less of it take: {', '.join([*ways, f'a --max-length below {args.max_length}'])}."
+    ways.append(f"a --max-length below {args.max_length}")
+    return f"Less of it take: {', '.join(ways)}. Start anew with --overwrite."
 
 
 def _run(task: Task, args: argparse.Namespace) -> dict[str, Any]:
@@ -351,8 +359,7 @@ def _run(task: Task, args: argparse.Namespace) -> dict[str, Any]:
         say_counts(accelerator, part, found)
     size = args.batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     if args.streaming:
-        lengths["train"] = {"documents": 0, "truncated": 0}  # as far as they are read
-        steps = stream_steps(task, args, reader, size, lengths["train"])
+        steps = stream_steps(task, args, reader, size)
         if not args.resume:
             steps.advance()  # before anything is deleted or written
     else:
@@ -360,7 +367,9 @@ def _run(task: Task, args: argparse.Namespace) -> dict[str, Any]:
     if args.lora:
         model = add_lora(model, task, args)
     settings = public_settings(args, accelerator) | {"data_sha256": _digest(rows)}
-    if not args.resume:
+    if args.resume:
+        check_same_run(args.output_dir / "checkpoints", settings)
+    else:
         if accelerator.is_main_process:
             clear_output(args.output_dir)
         accelerator.wait_for_everyone()
@@ -380,10 +389,11 @@ def _run(task: Task, args: argparse.Namespace) -> dict[str, Any]:
     model, progress = fit(
         accelerator, task, model, steps, lambda model: evaluate(model, "validation")[0], args, settings
     )
+    if args.streaming:
+        lengths["train"] = progress.read
+        say_counts(accelerator, "train", progress.read)
     record = {**run_record(settings, model, progress), "lengths": lengths, **task.record()}
     record["validation"] = before + record["validation"]
-    if args.streaming:
-        say_counts(accelerator, "train", lengths["train"])
     predictions = None
     if "test" in rows:
         begin = time.perf_counter()
@@ -425,22 +435,20 @@ def encode(task: Task, rows: Dataset) -> Dataset:
     return concatenate_datasets(parts)
 
 
-def stream_steps(
-    task: Task, args: argparse.Namespace, reader: Reader, size: int, counts: dict[str, int]
-) -> StreamSteps:
-    """The steps of `--streaming`; `counts` is kept up to date."""
+def stream_steps(task: Task, args: argparse.Namespace, reader: Reader, size: int) -> StreamSteps:
+    """The steps of `--streaming`."""
     stream = reader.stream(args.dataset, args.train_split)
 
     def prepare(raw: list[Row], first: int) -> list[Row]:
         encoded = task.encode(reader.checked(raw, args.dataset, stream.features, first))
-        counts["documents"] += len(encoded)
-        counts["truncated"] += sum(row["length"] > args.max_length for row in encoded)
-        for name, count in task.counts(encoded).items():
-            counts[name] = counts.get(name, 0) + count
-        check_lengths(args, counts, "training documents")
+        check_lengths(args, count(encoded), f"training documents from number {first} on")
         return encoded
 
-    return StreamSteps(stream, prepare, size, args.seed, args.stream_buffer)
+    def count(encoded: list[Row]) -> dict[str, int]:
+        truncated = sum(row["length"] > args.max_length for row in encoded)
+        return {"documents": len(encoded), "truncated": truncated, **task.counts(encoded)}
+
+    return StreamSteps(stream, prepare, count, size, args.seed, args.stream_buffer)
 
 
 def length_statistics(lengths: Sequence[int], max_length: int) -> dict[str, float]:
@@ -512,7 +520,12 @@ def run_record(settings: Mapping[str, Any], model: nn.Module, progress: Progress
 def clear_output(folder: Path) -> None:
     """Deletes what an earlier run wrote, so that nothing of it is taken for a result of this one."""
     for name in ("checkpoints", "logs", "adapter", "base"):
-        shutil.rmtree(folder / name, ignore_errors=True)
+        # Away at once, so that a kill leaves no half of it that a later --resume would take for its own.
+        deleted = folder / f"{name}.deleted"
+        if deleted.exists():
+            shutil.rmtree(deleted)
+        if (folder / name).exists():
+            shutil.rmtree((folder / name).rename(deleted))
     for name in ("record.json", "learning_curve.png", "test_predictions.jsonl", "config.json", "model.safetensors"):
         (folder / name).unlink(missing_ok=True)
 

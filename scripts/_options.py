@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from _data import InputError, fraction, positive_int
+from _data import InputError, fraction, non_negative_float, positive_float, positive_int, random_seed
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from huggingface_hub import constants, get_token
 from huggingface_hub.errors import HFValidationError
@@ -70,7 +70,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         else:
             kind = int if hints[field.name] in (int, int | None) else str
             group.add_argument(option, type=kind, metavar="N" if kind is int else "NAME", help=text)
-    group = parser.add_argument_group("LoRA", "Low-rank adapters in place of all weights; the head is trained fully.")
+    group = parser.add_argument_group(
+        "LoRA", "Low-rank adapters in place of all weights, but for a head of labels and what --model lacks."
+    )
     group.add_argument("--lora", action="store_true", help="train adapters; they are saved in the folder `adapter`")
     group.add_argument(
         "--lora-merge", action="store_true", help="save the model with its adapters merged, not the base beside them"
@@ -97,11 +99,11 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max-steps", type=positive_int, metavar="X", help="steps, in place of --epochs")
     number("--batch-size", positive_int, 8, "documents per process and forward pass")
     number("--gradient-accumulation-steps", positive_int, 1, "batches per optimizer step")
-    number("--learning-rate", float, 5e-5, "peak: after linear warmup, before linear decay")
+    number("--learning-rate", positive_float, 5e-5, "peak: after linear warmup, before linear decay")
     number("--warmup-fraction", fraction, 0.1, "warmup as a share of all steps")
-    number("--weight-decay", float, 0.01, "of AdamW, for matrices; biases and norms have none")
-    number("--max-gradient-norm", float, 1.0, "clip gradients to this norm")
-    number("--seed", int, 0, "of new weights, dropout, splits and the order of documents")
+    number("--weight-decay", non_negative_float, 0.01, "of AdamW, for matrices; biases and norms have none")
+    number("--max-gradient-norm", positive_float, 1.0, "clip gradients to this norm")
+    number("--seed", random_seed, 0, "of new weights, dropout, splits and the order of documents")
     group.add_argument(
         "--evaluate-every", type=positive_int, metavar="STEPS", help="default: every epoch; with a stream, at the end"
     )
@@ -140,8 +142,10 @@ def check_options(args: argparse.Namespace) -> None:
         raise InputError(f"--output-dir {folder} is a file; name a folder.")
     if folder.exists() and any(folder.iterdir()) and not (args.resume or args.overwrite):
         raise InputError(f"--output-dir {folder} is not empty: add --resume or --overwrite, or name another.")
-    if folder.exists() and Path(args.model).exists() and folder.samefile(args.model):
-        raise InputError(f"--output-dir {folder} is the folder of --model, which must stay; name another.")
+    for option in ("model", "dataset", "validation_file", "test_file"):
+        path = Path(getattr(args, option) or "")
+        if getattr(args, option) and path.exists() and path.resolve().is_relative_to(folder.resolve()):
+            raise InputError(f"--{option.replace('_', '-')} {path} lies in --output-dir {folder}; name another folder.")
     if args.streaming and args.max_steps is None:
         raise InputError("--streaming needs --max-steps: the length of a stream is not known.")
     for option in ("merge", "rank", "alpha", "dropout", "target_modules"):

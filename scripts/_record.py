@@ -124,8 +124,15 @@ class ResumableRecord:
         return self._parts[name]
 
     def finish(self, **results: Any) -> dict[str, Any]:
-        """Writes the header, the results and the rows to `<output>.json` and removes the partial record."""
+        """Writes the header, the results and the rows to `<output>.json`.
+
+        The partial record is removed, unless it has parts that were not asked for this time.
+        """
         record = {**self._header, **results, "rows": self.rows}
         write_json(self._final, record)
-        self._partial.unlink(missing_ok=True)
+        more = sorted(self._parts.keys() - set(self._asked))
+        if more:
+            print(f"{self._partial} stays: it has what was not asked for now ({', '.join(more)}).", flush=True)
+        else:
+            self._partial.unlink(missing_ok=True)
         return record

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from _checkpoints import check_same_run, load_best, load_checkpoint, save_checkpoint
+from _checkpoints import is_complete, load_best, load_checkpoint, save_checkpoint
 from _data import InputError, Row
 from _record import write_json
 from accelerate import Accelerator
@@ -71,7 +71,12 @@ class TableSteps:
         dataset: Encoded rows.
         size: Documents per step, over all processes.
         seed: Of their order.
+
+    Attributes:
+        read: What was counted of a stream; nothing, here.
     """
+
+    read: Mapping[str, int] = {}
 
     def __init__(self, dataset: Dataset, size: int, seed: int) -> None:
         self._dataset = dataset
@@ -119,26 +124,32 @@ class StreamSteps:
         stream: Raw rows.
         prepare: Encodes raw rows, each as one or several; its second argument is the number of the first of them
             within the stream.
+        count: What is to be counted of encoded rows.
         size: Documents per step, over all processes.
         seed: Of their order within a buffer.
         buffer: Steps per buffer.
+
+    Attributes:
+        read: The counts of all buffers so far.
     """
 
     def __init__(
         self,
         stream: IterableDataset,
         prepare: Callable[[list[Row], int], list[Row]],
+        count: Callable[[list[Row]], Mapping[str, int]],
         size: int,
         seed: int,
         buffer: int,
     ) -> None:
         self._stream = stream
         self._prepare = prepare
+        self._count = count
         self._size = size
         self._seed = seed
         self._buffer = buffer
         self._beginning = copy.deepcopy(stream.state_dict())
-        self._state = {"stream": self._beginning, "passes": 0, "row": 0, "buffer": 0, "taken": 0}
+        self._state = {"stream": self._beginning, "passes": 0, "row": 0, "read": {}, "buffer": 0, "taken": 0}
         self._steps: list[list[Row]] = []
         self._open()
 
@@ -163,6 +174,7 @@ class StreamSteps:
             "stream": copy.deepcopy(self._stream.state_dict()),
             "passes": self._passes,
             "row": self._row,
+            "read": self.read,
             "buffer": self._state["buffer"] + 1,
             "taken": 0,
         }
@@ -179,7 +191,7 @@ class StreamSteps:
 
     def _open(self) -> None:
         """Goes to where the present buffer begins."""
-        self._passes, self._row = self._state["passes"], self._state["row"]
+        self._passes, self._row, self.read = (self._state[name] for name in ("passes", "row", "read"))
         self._stream.load_state_dict(self._state["stream"])
         self._rows = iter(self._stream)
 
@@ -192,7 +204,11 @@ class StreamSteps:
             self._row += len(raw)
             if self._row == 0:
                 raise InputError("The stream of training documents is empty.")
-            rows += self._prepare(raw, number) if raw else []
+            if raw:
+                found = self._prepare(raw, number)
+                counted = self._count(found)
+                self.read = {name: self.read.get(name, 0) + more for name, more in counted.items()}
+                rows += found
             if len(raw) < wanted:
                 self._passes, self._row = self._passes + 1, 0
                 self._stream.load_state_dict(self._beginning)
@@ -227,6 +243,7 @@ class Progress:
     losses: list[float] = dataclasses.field(default_factory=list)  # one per step
     validation: list[Metrics] = dataclasses.field(default_factory=list)  # with `step` and `epoch`
     best_step: int = 0  # 0: there was no evaluation yet
+    read: dict[str, int] = dataclasses.field(default_factory=dict)  # of a stream: documents, and what is counted
     training_seconds: float = 0.0
     training_cpu_seconds: float = 0.0  # of this process, all its threads together
     evaluation_seconds: float = 0.0
@@ -260,17 +277,15 @@ def fit(
         steps: The documents of every step.
         evaluate: Validation metrics of a model.
         args: The options of `add_training_arguments`.
-        settings: All that determines the run, as JSON: a run is continued only under the same.
+        settings: All that determines the run, as JSON, for `check_same_run`.
 
     Returns:
         The model as Accelerate prepared it, with the weights of the best evaluation, and the progress at the end.
 
     Raises:
-        InputError: The run to resume had other settings, or the loss is not finite.
+        InputError: All checkpoints to resume from are damaged, or the loss is not finite.
     """
     folder = args.output_dir / "checkpoints"
-    if args.resume:
-        check_same_run(folder, settings)
     total = args.max_steps or args.epochs * len(steps)
     evaluate_every = args.evaluate_every or (len(steps) if isinstance(steps, TableSteps) else total)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -286,6 +301,9 @@ def fit(
     set_seed(args.seed, device_specific=True)  # another dropout on every process
     if args.resume and load_checkpoint(accelerator, folder) is None:
         accelerator.print("There is no checkpoint to resume from; starting anew.")
+    if progress.best_step and not is_complete(folder, progress.best_step):
+        accelerator.print(f"The best checkpoint, step {progress.best_step}, is lost; this one takes its place.")
+        progress.best_step = progress.step
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "settings.json", settings)
@@ -295,6 +313,7 @@ def fit(
     while progress.step < total and (args.patience is None or progress.since_best() < args.patience):
         begin, cpu_begin = time.perf_counter(), time.process_time()
         loss = _train_step(accelerator, task, model, optimizer, next(steps), args)
+        progress.read = dict(steps.read)
         rate = scheduler.get_last_lr()[0]
         scheduler.step()
         progress.step += 1
@@ -359,8 +378,8 @@ def _train_step(
 def _evaluate(accelerator: Accelerator, metrics: Metrics, best_metric: str, progress: Progress, epoch: float) -> None:
     """Records an evaluation, and whether it is the best one."""
     sign = -1 if best_metric.endswith("loss") else 1
-    best = max((sign * earlier[best_metric] for earlier in progress.validation), default=-math.inf)
-    if sign * metrics[best_metric] > best or not progress.validation:
+    best = [earlier[best_metric] for earlier in progress.validation if earlier["step"] == progress.best_step]
+    if not best or sign * metrics[best_metric] > sign * best[0]:
         progress.best_step = progress.step
     progress.validation.append({"step": progress.step, "epoch": epoch, **metrics})
     accelerator.print(f"step {progress.step}: " + ", ".join(f"{k} {v:.4f}" for k, v in metrics.items()))

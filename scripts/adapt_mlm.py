@@ -17,10 +17,11 @@ train it first on short pieces (--attn sdpa --max-length 128), and adapt the res
 
 import argparse
 import hashlib
+import itertools
 import json
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,21 +63,28 @@ def text_table(path: Path, folder: Path, size: int) -> Path:
     """
     if not path.is_file():
         raise InputError(f"There is no file {path}.")
+    table = folder / f"{path.stem}.jsonl"
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines(keepends=True)
+        with path.open(encoding="utf-8-sig") as text, table.open("w", encoding="utf-8") as output:
+            output.writelines(json.dumps({"text": document}) + "\n" for document in _documents(text, size))
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 ({error}); convert it, as with iconv.") from error
-    documents = [""]
-    for line in lines:
-        if len(documents[-1]) >= size:
-            documents.append("")
-        documents[-1] += line
-    documents = [document for document in documents if document.strip()]
-    if not documents:
+    if not table.stat().st_size:
         raise InputError(f"{path} holds no documents.")
-    table = folder / f"{path.stem}.jsonl"
-    table.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents), encoding="utf-8")
     return table
+
+
+def _documents(lines: Iterable[str], size: int) -> Iterator[str]:
+    document: list[str] = []
+    characters = 0
+    for line in itertools.chain(lines, [None]):
+        if line is None or characters >= size:
+            if (joined := "".join(document)).strip():
+                yield joined
+            document, characters = [], 0
+        if line is not None:
+            document.append(line)
+            characters += len(line)
 
 
 class MaskedLanguageModeling(Task):
@@ -88,6 +96,8 @@ class MaskedLanguageModeling(Task):
 
     def __init__(self, args: argparse.Namespace) -> None:
         super().__init__(args)
+        if args.too_long == "error":
+            raise InputError("--too-long error: texts are cut into pieces of --max-length here, none is too long.")
         self._tables = tempfile.TemporaryDirectory()
         for option in ("dataset", "validation_file", "test_file"):
             path = getattr(args, option)

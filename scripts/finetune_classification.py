@@ -75,6 +75,8 @@ class Classification(Task):
                 raise ValueError("have a list of labels; see --problem multi-label")
             labels = [str(label)]
         elif isinstance(label, list):
+            if None in label:
+                raise ValueError("have a list of labels with an empty place")
             labels = [str(item) for item in label]
         elif self.args.label_separator:
             labels = [item.strip() for item in str(label).split(self.args.label_separator) if item.strip()]
@@ -99,8 +101,8 @@ class Classification(Task):
                 unknown = sorted(names - found["train"])
                 if unknown:
                     raise InputError(f"The labels {', '.join(unknown)} of {part} documents do not occur in training.")
-        if len(found.get("train", self.names)) < 2 and self.args.problem == "single-label":
-            raise InputError(f"All training documents have the label {self.names[0]!r}; there is nothing to learn.")
+        if len(names := sorted(found.get("train", self.names))) < 2 and self.args.problem == "single-label":
+            raise InputError(f"All training documents have the label {names[0]!r}; there is nothing to learn.")
         if not self.names:
             raise InputError("No training document has a label; there is nothing to learn.")
         problem = {"single-label": "single_label_classification", "multi-label": "multi_label_classification"}

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from _data import positive_float
 from _finetuning import Row, Task, check_text, run_script
 from _metrics import LocalMetric
 from accelerate import PartialState
@@ -62,7 +63,7 @@ class Embedding(Task):
     def add_arguments(parser: argparse.ArgumentParser) -> None:
         group = parser.add_argument_group("task")
         group.add_argument(
-            "--temperature", type=float, default=0.05, metavar="X", help="of the cosines (default %(default)s)"
+            "--temperature", type=positive_float, default=0.05, metavar="X", help="of the cosines (default %(default)s)"
         )
 
     def check(self, row: Row) -> Row:

@@ -189,8 +189,9 @@ def film_reviews() -> str:
         for found in (lengths["train"], lengths["test"])
     )
     lead = paragraph(
-        f"Training on film reviews (Pang and Lee): MiniLM, extended to {record['max_length']:,} tokens, learns from the",
-        f"first {record['excerpt']} tokens of all training reviews (and is tested on as many), and then, each time from",
+        "Training on film reviews (Pang and Lee): MiniLM, extended to",
+        f"{record['max_length']:,} tokens, learns from the first {record['excerpt']} tokens",
+        "of all training reviews (and is tested on as many), and then, each time from",
         f"that checkpoint, from {lengths['train']['documents']} whole ones {train}, tested on",
         f"{lengths['test']['documents']} of fold 9 {test}; mean and deviation over",
         f"{count(len(record['seeds']), 'seed')}, {record['mixed_precision']}, {cores(record)}; skein is exact up to",

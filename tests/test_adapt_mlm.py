@@ -10,6 +10,7 @@ import adapt_mlm as script
 import pytest
 import torch
 from _finetuning import finetune
+from peft import PeftModel
 from tiny_encoder import WORDS, make_encoder, options
 from transformers import AutoModelForMaskedLM, AutoTokenizer, BertForMaskedLM, BertModel
 
@@ -102,6 +103,32 @@ def test_it_learns_and_reports_exact_and_sketched_loss(tmp_path, encoder, text):
             with torch.no_grad():
                 total, count = total + model(**inputs).loss.item() * asked, count + asked
         assert total / count == pytest.approx(best[name], rel=1e-3)
+
+
+def test_lora_needs_the_head_and_is_loaded_and_merged(tmp_path, encoder, text):
+    more = ["--attn", "skein", "--max-length", 96, "--document-characters", 900, "--max-train-documents", 4]
+    more += ["--epochs", 1, "--lora"]
+    with pytest.raises(_data.InputError, match=r"lacks the head.* Train the head first, without --lora"):
+        finetune(
+            script.MaskedLanguageModeling,
+            options(make_encoder(tmp_path / "bare", BertModel), text, tmp_path / "no", *more),
+        )
+    assert not (tmp_path / "no").exists()
+    output = tmp_path / "run"
+    finetune(script.MaskedLanguageModeling, options(encoder, text, output, *more))
+    base = AutoModelForMaskedLM.from_pretrained(output / "base", attn_implementation="skein")
+    ids = torch.tensor([[2, 5, 6, 4, 7, 3]])
+    plain = base.eval()(ids).logits
+    adapted = PeftModel.from_pretrained(base, output / "adapter").eval()(ids).logits
+    assert not torch.allclose(adapted, plain)
+    finetune(script.MaskedLanguageModeling, options(encoder, text, output, *more, "--resume", "--lora-merge"))
+    merged = AutoModelForMaskedLM.from_pretrained(output, attn_implementation="skein").eval()(ids).logits
+    torch.testing.assert_close(merged, adapted, rtol=1e-4, atol=1e-4)
+
+
+def test_nothing_is_too_long(tmp_path, encoder, text):
+    with pytest.raises(_data.InputError, match="--too-long error: texts are cut into pieces"):
+        finetune(script.MaskedLanguageModeling, options(encoder, text, tmp_path / "run", "--too-long", "error"))
 
 
 def test_a_head_that_is_missing_is_told(tmp_path, text, capsys):

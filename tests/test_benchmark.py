@@ -129,6 +129,10 @@ def test_other_parts_may_be_asked_for(tmp_path):
     record = ResumableRecord(tmp_path / "y", {"n": [2]}, ["n"])
     record.part("2", lambda: [{"a": 2}])
     assert record.finish()["rows"] == [{"a": 2}]
+    record = ResumableRecord(tmp_path / "y", {"n": [1]}, ["n"])  # the other part is not lost
+    record.part("1", lambda: [{"a": 3}])
+    assert record.finish()["rows"] == [{"a": 1}]
+    assert (tmp_path / "y.partial.json").exists()
 
 
 def test_json_has_lists_of_numbers_on_one_line(tmp_path):

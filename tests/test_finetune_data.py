@@ -9,7 +9,6 @@ import _data
 import pandas as pd
 import pytest
 from _data import InputError, Reader, add_data_arguments, split_rows, stratified_order
-from _finetuning import check_text
 from _training import StreamSteps, TableSteps, length_grouped_steps, own_batches
 from datasets import ClassLabel, Dataset, IterableDataset, List
 from tiny_encoder import make_documents, write_jsonl
@@ -148,6 +147,7 @@ def test_folds_files_and_subsets(tmp_path, reviews):
     [
         (["--fold-regex", r"(\d)"], "needs --validation-fold"),
         (["--test-fold", "1"], "needs --validation-fold"),
+        (["--fold-regex", r"(\d)", "--test-fold", "1", "--validation-fold", "1"], "are both 1"),
         (["--fold-regex", r"x(\d)", "--test-fold", "1"], "not in the name '0'"),
         (["--test-split", "test"], "use --test-file"),
         (["--streaming"], "give --validation-file"),
@@ -217,8 +217,11 @@ def test_encrypted_zip_file(tmp_path):
 def test_half_a_character(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "a \\ud800 b", "label": "x"}\n')
-    with pytest.raises(InputError, match="1 of 1 documents have half a character"):
-        Reader(COLUMNS, lambda row: check_text(row, "text")).read(path)
+    with pytest.raises(InputError, match=r"1 of 1 documents have half a character .* in their column text, first '0'"):
+        Reader(COLUMNS).read(path)
+    path.write_text('{"text": ["a"], "label": {"x": ["\\udfff"]}}\n')
+    with pytest.raises(InputError, match="in their column label"):
+        Reader(COLUMNS).read(path)
 
 
 def test_hub_dataset_that_is_a_script(monkeypatch):
@@ -273,7 +276,7 @@ def steps_of(kind: str, count: int) -> TableSteps | StreamSteps:
         return rows_of_length([row["i"] for row in raw])
 
     stream = IterableDataset.from_generator(generate, gen_kwargs={"count": count})
-    return StreamSteps(stream, prepare, 4, seed=5, buffer=3)
+    return StreamSteps(stream, prepare, lambda rows: {"documents": len(rows)}, 4, seed=5, buffer=3)
 
 
 def test_every_piece_of_a_streamed_row_is_used():
@@ -286,7 +289,7 @@ def test_every_piece_of_a_streamed_row_is_used():
         read.extend(pieces)
         return rows_of_length(pieces)
 
-    steps = StreamSteps(stream, prepare, 4, seed=5, buffer=3)
+    steps = StreamSteps(stream, prepare, lambda rows: {"documents": len(rows)}, 4, seed=5, buffer=3)
     seen = [row["i"] for _ in range(18) for row in next(steps)]  # of buffers with 4 and, over the end, 5 rows
     assert sorted(seen) == sorted([*range(40), *range(32)]) == sorted(read)
 

@@ -88,14 +88,14 @@ def test_processes_share_their_documents(tmp_path):
     torch.multiprocessing.start_processes(process_gradients, (str(tmp_path),), 2, start_method="fork")
     q, d = q.requires_grad_(), d.requires_grad_()
     script.contrastive_loss(q, numbers, d, numbers, 0.5).backward()
+    found = [torch.empty(5, 7), torch.empty(5, 7)]
     for rank in range(2):
-        for found, expected in zip(torch.load(tmp_path / f"{rank}.pt"), (q.grad, d.grad), strict=True):
-            if expected is d.grad:  # which of two equal documents counts differs
-                found, expected = found.clone(), expected.clone()
-                if rank == 1:
-                    assert expected[1::2][0].abs().sum() > 0
-                    continue
-            torch.testing.assert_close(found, expected[rank::2])
+        for whole, part in zip(found, torch.load(tmp_path / f"{rank}.pt"), strict=True):
+            whole[rank::2] = part
+    for gradient in (found[1], d.grad):  # which of two equal documents counts differs
+        gradient[1] += gradient[3]
+        gradient[3] = 0
+    torch.testing.assert_close(found, [q.grad, d.grad])
 
 
 @pytest.mark.parametrize("attn", ["sdpa", "skein"])

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -243,6 +244,70 @@ def test_damaged_checkpoint_is_skipped(tmp_path, monkeypatch, capsys, dropping, 
     assert_same_run(output, record, reference, expected)
 
 
+def test_without_its_best_checkpoint_a_run_goes_on_from_the_last(tmp_path, monkeypatch, capsys, encoder, reviews):
+    output, more = tmp_path / "run", ("--save-every", 2, "--batch-size", 12)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_after(patch, 10)  # in step 11, the last of the second epoch
+        run(encoder, reviews, output, *more)
+    checkpoints = output / "checkpoints"
+    assert {path.name for path in checkpoints.glob("step-*")} == {"step-00000006", "step-00000008", "step-00000010"}
+    (checkpoints / "step-00000006" / "model.safetensors").write_bytes(b"damaged")
+    record = run(encoder, reviews, output, *more, "--resume")
+    out = capsys.readouterr().out
+    assert "Resuming from step-00000010" in out and "The best checkpoint, step 6, is lost" in out
+    assert record["best_step"] == 12 and [metrics["step"] for metrics in record["validation"]] == [6, 12]
+
+
+def test_a_checkpoint_that_was_skipped_does_not_stay(tmp_path, monkeypatch, encoder, reviews):
+    """With other steps to be saved at it would stand beside the good ones, and push one of them out."""
+    output = tmp_path / "run"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_after(patch, 6)
+        run(encoder, reviews, output, "--batch-size", 4, "--save-every", 2)
+    checkpoints = output / "checkpoints"
+    (checkpoints / "step-00000006" / "checkpoint.json").write_text("{")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_after(patch, 4)
+        run(encoder, reviews, output, "--batch-size", 4, "--save-every", 8, "--resume")
+    assert sorted(path.name for path in checkpoints.glob("step-*")) == ["step-00000004", "step-00000008"]
+
+
+def test_a_run_without_a_good_checkpoint_is_not_begun_anew(tmp_path, monkeypatch, encoder, reviews):
+    output = tmp_path / "run"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_after(patch, 3)
+        run(encoder, reviews, output, "--save-every", 2)
+    weights = output / "checkpoints" / "step-00000002" / "model.safetensors"
+    weights.write_bytes(b"damaged")
+    with pytest.raises(InputError, match=r"All checkpoints in .* are damaged .*; start anew with --overwrite"):
+        run(encoder, reviews, output, "--save-every", 2, "--resume")
+    assert weights.exists()
+    (output / "checkpoints" / "settings.json").unlink()
+    with pytest.raises(InputError, match=r"has checkpoints, but no settings\.json"):
+        run(encoder, reviews, output, "--save-every", 2, "--resume")
+
+
+@pytest.mark.parametrize("option", ["--model", "--dataset", "--test-file"])
+def test_what_a_run_reads_is_not_in_the_folder_that_it_clears(tmp_path, encoder, reviews, option):
+    output = tmp_path / "run"
+    source = Path(encoder if option == "--model" else reviews)
+    (output / "base").mkdir(parents=True)
+    moved = output / "base" / source.name
+    shutil.copytree(source, moved) if source.is_dir() else shutil.copy(source, moved)
+    with pytest.raises(InputError, match=f"{option} .* lies in --output-dir"):
+        run(encoder, reviews, output, option, moved, "--overwrite")
+    assert moved.exists()
+
+
+def test_what_is_left_of_a_deletion_is_deleted(tmp_path, encoder, reviews):
+    output = tmp_path / "run"
+    for name in ("checkpoints", "checkpoints.deleted"):
+        (output / name / "step-00000002").mkdir(parents=True)
+    run(encoder, reviews, output, "--epochs", 1, "--overwrite")
+    assert not (output / "checkpoints.deleted").exists()
+    assert not (output / "checkpoints" / "step-00000002").exists()
+
+
 def test_a_run_is_resumed_under_its_own_settings_only(encoder, reviews, uninterrupted):
     output, _ = uninterrupted
     with pytest.raises(InputError, match=r"learning_rate \(was 0\.01, now 0\.1\)"):
@@ -353,15 +418,26 @@ def test_lora_where_peft_knows_no_layer(tmp_path, encoder, reviews):
 
 
 def test_streamed_run_goes_on_exactly(tmp_path, monkeypatch, encoder, reviews):
+    """Of which the best checkpoint is not the last, so that at the end steps and what was read go back."""
+    metrics = Classification.metrics
+
+    def scripted(self, results, rows, encoded):
+        found = metrics(self, results, rows, encoded)
+        return {**found, "accuracy": found["loss"]}
+
+    monkeypatch.setattr(Classification, "metrics", scripted)
     stream = ("--streaming", "--stream-buffer", 3, "--labels", "neg", "pos", "--validation-file", reviews)
-    more = (*stream, "--max-steps", 12, "--save-every", 2, "--attn", "sdpa", "--batch-size", 7)
+    more = (*stream, "--max-steps", 12, "--save-every", 2, "--attn", "sdpa", "--batch-size", 7, "--evaluate-every", 4)
     expected = run(encoder, reviews, tmp_path / "whole", *more)
+    assert expected["best_step"] < 12
     assert "test" not in expected and expected["lengths"]["train"]["documents"] == 84  # 12 steps, of 3 a buffer
+    assert 0 < expected["lengths"]["train"]["truncated"] < 84
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupt_after(patch, 9)
         run(encoder, reviews, tmp_path / "run", *more)
     record = run(encoder, reviews, tmp_path / "run", *more, "--resume")
     assert_same_run(tmp_path / "run", {**record, "test": {}}, tmp_path / "whole", {**expected, "test": {}})
+    assert record["lengths"] == expected["lengths"]
 
     bad = write_jsonl(tmp_path / "bad.jsonl", [{"text": "w1", "label": "other"}])
     (tmp_path / "bad").mkdir()
@@ -471,7 +547,7 @@ def test_out_of_memory_names_the_options_that_help(tmp_path, monkeypatch, encode
     rows = [{name: f"w{i}" for name in task.columns} for i in range(2)] * 20
     message = (
         rf"Out of memory\. Less of it take: {smaller}, --gradient-checkpointing, --mixed-precision bf16, --lora, "
-        rf"a --max-length below 64\. \({re.escape(str(error))}\)"
+        rf"a --max-length below 64\. Start anew with --overwrite\. \({re.escape(str(error))}\)"
     )
     with pytest.raises(InputError, match=message):
         finetune(task, options(encoder, write_jsonl(tmp_path / "rows.jsonl", rows), tmp_path / "run"))
@@ -507,7 +583,7 @@ def test_a_loss_that_is_not_finite(tmp_path, monkeypatch, encoder, reviews):
 def test_a_stream_with_a_document_that_is_too_long(tmp_path, encoder, reviews):
     short = write_jsonl(tmp_path / "short.jsonl", [{"text": "great", "label": "pos"}])
     stream = ("--streaming", "--max-steps", 2, "--labels", "neg", "pos", "--validation-file", short)
-    message = r"\d+ of \d+ training documents have more than 64 tokens; raise --max-length"
+    message = r"\d+ of \d+ training documents from number \d+ on have more than 64 tokens; raise --max-length"
     with pytest.raises(InputError, match=message):
         run(encoder, reviews, tmp_path / "run", *stream, "--too-long", "error")
     assert not (tmp_path / "run").exists()

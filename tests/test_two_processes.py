@@ -9,6 +9,7 @@ from pathlib import Path
 
 import _finetuning
 import pytest
+from _training import own_batches
 from tiny_encoder import WORDS, make_documents, make_encoder, options, write_jsonl
 from transformers import BertForMaskedLM
 
@@ -22,7 +23,7 @@ TASKS = {
     "adapt_mlm": "MaskedLanguageModeling",
 }
 COMMON = ("--attn", "skein", "--skein-min-length", 0, "--skein-num-columns", 8, "--learning-rate", "1e-3")
-MORE = ("--epochs", 1, "--max-train-documents", 23)  # no multiple of a step: one process is left without a document
+MORE = ("--epochs", 1, "--max-train-documents", 17)  # of the last step one process is left without a document
 LAUNCHED = """
 import importlib, json, sys
 from _finetuning import Accelerator, finetune
@@ -84,6 +85,7 @@ def two(tmp_path_factory, inputs) -> dict[str, dict]:
 @pytest.mark.parametrize("script", TASKS)
 def test_two_processes_are_one_with_their_batches_together(tmp_path, inputs, two, script):
     task = getattr(__import__(script), TASKS[script])
+    assert own_batches([{}] * (17 % 8), 4, 2, 1) == [([{}], False)]
     words = options(*inputs[script], tmp_path / "one", *COMMON, *MORE, "--batch-size", 8)
     one, found = _finetuning.finetune(task, words), two[script]
     assert (found["settings"]["processes"], one["settings"]["processes"]) == (2, 1) and len(one["losses"]) >= 3

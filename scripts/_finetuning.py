@@ -364,9 +364,12 @@ def _run(task: Task, args: argparse.Namespace) -> dict[str, Any]:
             steps.advance()  # before anything is deleted or written
     else:
         steps = TableSteps(encoded["train"], size, args.seed)
+    digests = {"data_sha256": _digest(rows), "model_sha256": _digest_of_weights(model)}
+    if args.streaming and Path(args.dataset).is_file():
+        digests["stream_bytes"] = Path(args.dataset).stat().st_size
     if args.lora:
         model = add_lora(model, task, args)
-    settings = public_settings(args, accelerator) | {"data_sha256": _digest(rows)}
+    settings = public_settings(args, accelerator) | digests
     if args.resume:
         check_same_run(args.output_dir / "checkpoints", settings)
     else:
@@ -600,6 +603,16 @@ def peak_memory_mib() -> float:
         return torch.cuda.max_memory_allocated() / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10  # bytes there, KiB elsewhere
+
+
+def _digest_of_weights(model: PreTrainedModel) -> str:
+    """Of those that the checkpoint has."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if name.rpartition(".")[0] not in model.new_modules:
+            digest.update(name.encode())
+            digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _digest(rows: Mapping[str, Dataset]) -> str:

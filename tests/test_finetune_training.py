@@ -316,6 +316,25 @@ def test_a_run_is_resumed_under_its_own_settings_only(encoder, reviews, uninterr
         run(encoder, reviews, output)
 
 
+def test_a_run_is_resumed_with_its_own_model_and_data_only(tmp_path, encoder, reviews):
+    """Others by the same name: what is compared is what they hold."""
+    model, data = tmp_path / "model", tmp_path / "reviews.jsonl"
+    shutil.copytree(encoder, model)
+    shutil.copy(reviews, data)
+    stream = ("--streaming", "--max-steps", 2, "--labels", "neg", "pos", "--validation-file", reviews)
+    run(str(model), data, tmp_path / "run", *stream)
+    run(str(model), data, tmp_path / "run", *stream, "--resume")
+    write_jsonl(data, [{"text": text, "label": label} for text, label in make_documents(80, seed=1)])
+    with pytest.raises(InputError, match="holds a run with another stream_bytes"):
+        run(str(model), data, tmp_path / "run", *stream, "--resume")
+    shutil.copy(reviews, data)
+    other = BertForSequenceClassification.from_pretrained(model)
+    other.bert.pooler.dense.bias.data.add_(1)
+    other.save_pretrained(model)
+    with pytest.raises(InputError, match="holds a run with another model_sha256"):
+        run(str(model), data, tmp_path / "run", *stream, "--resume")
+
+
 def test_best_checkpoint_and_early_stopping(tmp_path, monkeypatch, capsys, encoder, reviews):
     """The second evaluation is the best one; two more, and the run stops and gives the weights of the second."""
     metrics, values = Classification.metrics, iter([0.2, 0.9, 0.9, 0.1])

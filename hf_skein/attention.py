@@ -88,7 +88,7 @@ def skein_attention(
     mask, query_mask = _none_if_all(mask), _none_if_all(query_mask)
 
     if config.method == "exact" or n_k <= config.exact_length:
-        return exact_attention(query, key, value, mask, scaling, dropout)
+        return exact_attention(query, key, value, mask, scaling, dropout, query_mask)
     if query.shape[0] == 0:
         return query.new_zeros(*query.shape[:3], value.shape[-1])
     sequences = zip(query.unbind(), key.unbind(), value.unbind(), strict=True)
@@ -138,7 +138,8 @@ def why_no_kernels(config: SkeinConfig, query: Tensor, value: Tensor) -> str | N
         return "triton is not installed"
     from . import kernels  # triton takes a while to load, and is not there on every platform
 
-    return kernels.why_not(query, value)
+    pilots = min(config.max_blocks, query.shape[2]) * (config.num_pilots or 1) if config.method == "adaptive" else 1
+    return kernels.why_not(query, value, config.resolved_strata, pilots)
 
 
 @functools.cache
@@ -188,12 +189,20 @@ def _by_kernels(
 
 
 def exact_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, dropout: float = 0.0
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    query_mask: Tensor | None = None,
 ) -> Tensor:
-    """Exact bidirectional attention by PyTorch's fused kernel. Arguments as in `skein_attention`; `mask` is bool.
+    """Exact bidirectional attention by PyTorch's fused kernel. Arguments as in `skein_attention`; masks are bool.
 
     A sequence without a valid key gives zeros.
     """
+    if query_mask is not None:
+        query = query.masked_fill(~query_mask[:, None, :, None], 0)
     if mask is not None:
         # What stands in the padding, NaN included, must not survive a weight of zero.
         key, value = (x.masked_fill(~mask[:, None, :, None], 0) for x in (key, value))

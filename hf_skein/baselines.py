@@ -89,7 +89,7 @@ def baseline_attention(
     else:
         query_mask = _padding_mask(query_mask, "query_mask", query.shape[0], n_q)
     if config.method == "exact" or n_k <= config.exact_length:
-        return exact_attention(query, key, value, _none_if_all(mask), scale)
+        return exact_attention(query, key, value, _none_if_all(mask), scale, query_mask=_none_if_all(query_mask))
     if method in IGNORES_PADDING:
         method, mask, query_mask = IGNORES_PADDING[method], None, None
     sketch = functools.partial(_one_sequence, method=method, scale=scale, config=config, layer=layer)

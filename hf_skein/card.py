@@ -15,7 +15,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_url
 from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
-from .config import SkeinConfig
+from .config import SkeinConfig, with_window
 
 
 CONVERSION_RECORD = "skein_conversion.json"
@@ -114,6 +114,8 @@ def render(facts: Facts) -> ModelCard:
         settings=_shown_settings(facts.settings),
         exact_length=facts.settings.exact_length,
         num_columns=facts.settings.num_columns,
+        method=facts.settings.method,
+        has_layers=bool(facts.settings.layers),
         is_trained=facts.is_trained,
         limits=facts.limits,
         tables=facts.tables,
@@ -172,12 +174,12 @@ def make_card(
     folder = Path(folder)
     config = read_config(folder)
     conversion = _read_record(folder / CONVERSION_RECORD, "source", "commit", "positions", "notes", "versions")
-    verification = _read_record(folder / VERIFICATION_RECORD, "checks", "rows", "skein", "text", "versions", "hardware")
-    if verification and verification["skein"] != config["skein"]:
-        raise HubError(
-            f"{folder / VERIFICATION_RECORD} was made with other settings than config.skein has now. Run "
-            "`hf-skein verify` again, or delete it."
-        )
+    settings = SkeinConfig.from_dict(with_window(config["skein"], config.get("attention_window")))
+    verification = _read_record(
+        folder / VERIFICATION_RECORD, "checks", "rows", "skein", "weights", "text", "versions", "hardware"
+    )
+    if verification:
+        _check_verified(folder, verification, settings)
     training = _read_record(folder / TRAINING_RECORD, "settings", "versions", "hardware")
     task, library = _TASKS.get(config["architectures"][0].partition("For")[2]), "transformers"
     if (folder / "modules.json").exists():
@@ -186,7 +188,7 @@ def make_card(
     facts = Facts(
         repo_id=repo_id,
         architecture=config["architectures"][0],
-        settings=SkeinConfig.from_dict(config["skein"]),
+        settings=settings,
         base_model=base_model,
         origin=_origin(conversion),
         carried_over={"license": license} if license else _carried_over(base_model, token),
@@ -199,6 +201,32 @@ def make_card(
         task=task,
     )
     return render(facts)
+
+
+def _check_verified(folder: Path, verification: dict[str, Any], settings: SkeinConfig) -> None:
+    """Whether what was verified is what is there."""
+    other = None
+    if SkeinConfig.from_dict(verification["skein"]) != settings:
+        other = "settings than config.skein has"
+    elif verification["weights"] != digests_of_weights(folder):
+        other = "weights than the folder has"
+    if other:
+        raise HubError(
+            f"{folder / VERIFICATION_RECORD} was made with other {other} now. Run `hf-skein verify` again, or delete "
+            "it."
+        )
+
+
+def digests_of_weights(folder: Path) -> dict[str, str]:
+    """The SHA-256 of every file of weights in a folder, by name."""
+    found = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        digest = hashlib.sha256()
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+        found[path.name] = digest.hexdigest()
+    return found
 
 
 def read_config(folder: Path) -> dict[str, Any]:

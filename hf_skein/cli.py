@@ -82,7 +82,7 @@ def verify(
     length: Annotated[list[int] | None, typer.Option(help="Tokens to measure at; repeatable.")] = None,
     documents: Annotated[int, typer.Option(min=1, help="Documents per length.")] = 3,
     repeats: Annotated[int, typer.Option(min=1, help="Timed forward passes per length.")] = 3,
-    min_cosine: Annotated[float, typer.Option(help="Least cosine of a document's mean hidden state.")] = 0.9,
+    min_cosine: Annotated[float, typer.Option(help="Least cosine of any document's mean hidden state.")] = 0.9,
     device: Annotated[str, typer.Option(help="Where to run, e.g. cuda.")] = "cpu",
     output: Annotated[
         Path | None, typer.Option(help="Folder for skein_verify.json and .png; default: the converted one.")
@@ -112,7 +112,7 @@ def verify(
     typer.echo(verification.table(found))
     typer.echo("\nWritten: " + ", ".join(map(str, written)))
     if len(written) == 1:
-        typer.echo('No plot: Matplotlib is not installed (pip install "hf-skein[plot]").')
+        typer.echo("No plot: Matplotlib is not installed (pip install matplotlib).")
     if not found.passed:
         _fail("something is off: see the lines marked OFF.")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -196,6 +196,22 @@ class SkeinConfig:
         if unknown:
             warnings.warn(f"Ignoring unknown keys in config.skein: {', '.join(unknown)}.", UserWarning, stacklevel=2)
         return cls(**{name: value for name, value in values.items() if name in _FIELD_NAMES})
+
+
+def with_window(values: Mapping[str, Any], window: int | Sequence[int] | None) -> dict[str, Any]:
+    """Fields of `SkeinConfig`, and those that Longformer's `attention_window` adds where they give no `num_columns`.
+
+    Every query gets as many columns as there are keys in the window, of all layers or of each.
+    """
+    if window is None or "num_columns" in values:
+        return dict(values)
+    sizes = [window] if isinstance(window, int) else list(window)
+    if len(set(sizes)) == 1:
+        return {"num_columns": sizes[0], **values}
+    layers = {str(layer): {"num_columns": size} for layer, size in enumerate(sizes)}
+    for layer, overrides in values.get("layers", {}).items():
+        layers[str(layer)] = {**layers.get(str(layer), {}), **overrides}
+    return {**values, "layers": layers}
 
 
 _FIELD_NAMES = frozenset(f.name for f in dataclasses.fields(SkeinConfig))

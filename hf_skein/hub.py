@@ -44,7 +44,7 @@ _UPLOADED = re.compile(
     r"config\.json|generation_config\.json"
     r"|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json"
     r"|tokenizer(_config)?\.json|special_tokens_map\.json|added_tokens\.json|chat_template\.jinja"
-    r"|vocab\.(txt|json)|merges\.txt|dict\.txt|bpe\.codes|(spiece|tokenizer|sentencepiece(\.bpe)?)\.model"
+    r"|vocab\.(txt|json)|merges\.txt|dict\.txt|bpe\.codes|word_(shape|pronunciation)\.json|(spiece|tokenizer|sentencepiece(\.bpe)?)\.model"
     rf"|{CARD}|LICENSE[\w.-]*|NOTICE[\w.-]*|{'|'.join(map(re.escape, RECORDS))}"
     r"|modules\.json|sentence_bert_config\.json|config_sentence_transformers\.json"
     r"|\d+_\w+/(config\.json|model\.safetensors)"
@@ -115,6 +115,12 @@ def select_files(folder: str | Path) -> Selection:
     paths = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     uploaded = [path for path in paths if _UPLOADED.fullmatch(path)]
     _check_weights(folder, [path for path in uploaded if path.endswith(".safetensors")])
+    for path in set(paths) - set(uploaded):
+        if re.fullmatch(r"\d+_\w+/pytorch_model\.bin", path) and f"{path[:-17]}model.safetensors" not in uploaded:
+            raise HubError(
+                f"{folder / path} holds weights as a pickle, which is not pushed. Load the model with "
+                "sentence-transformers and save it again, as safetensors."
+            )
     for path in uploaded:
         if not path.endswith(".safetensors") and _TOKEN.search((folder / path).read_bytes()):
             raise HubError(

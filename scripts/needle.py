@@ -330,7 +330,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     number("--test-documents", int, 32, "test documents of each length")
     number("--batch-size", int, 4, "documents per step")
     number("--learning-rate", float, 3e-5, "peak")
-    number("--short-steps", int, 150, "steps on short documents")
+    number("--short-steps", int, 250, "steps on short documents")
     number("--short-learning-rate", float, 2e-4, "peak, on short documents")
     number("--short-length", int, 512, "most tokens of a short document")
     number("--short-tokens", int, 1536, "tokens per step on short documents")

@@ -55,6 +55,11 @@ def test_record_holds_every_kernel_for_every_target():
     rows = record["rows"]
     assert record["problems"] == []  # what does not fit, and spills of 16-bit heads of up to 128 numbers
     assert all(row["fits"] for row in rows)
+    code = "import compile_kernels; print(compile_kernels.kernels_sha256())"
+    digest = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT / "scripts", capture_output=True, text=True, check=True
+    )
+    assert record["kernels_sha256"] == digest.stdout.strip()  # the kernels of the record are those that are here
     sources = (ROOT / "kernels" / "hf_skein_kernels").glob("*.py")
     kernels = {
         f"{path.stem}.{name}" for path in sources for name in re.findall(r"def (\w+)_kernel\(", path.read_text())

@@ -93,6 +93,43 @@ def test_tiny_lengths(n, poisoned):
     assert error(output, exact(query.double(), key.double(), value.double())) < (1e-6 if n == 1 else 0.2)
 
 
+@pytest.mark.parametrize("method", ["adaptive", "skeinformer"])
+def test_a_batch_that_is_short_enough_is_exact_without_masks_too(method, poisoned):
+    """As somebody calls the kernels who has them from the Hub."""
+    query, key, value = (x.requires_grad_() for x in inputs(40))
+    output = ops.skein_attention(query, key, value, method=method, num_columns=16)
+    wanted = exact(query, key, value)
+    torch.testing.assert_close(output, wanted, rtol=1e-5, atol=1e-5)
+    gradient = torch.randn_like(output)
+    grads, expected = (torch.autograd.grad(x, (query, key, value), gradient) for x in (output, wanted))
+    torch.testing.assert_close(grads, expected, rtol=1e-5, atol=1e-5)
+    assert ops.skein_attention(query[:, :, :0], key, value).shape == (1, 2, 0, 24)
+
+
+def test_a_mask_may_be_a_transposed_view(poisoned):
+    query, key, value = inputs(60, batch=3)
+    mask = (torch.rand(60, 3, device=DEVICE) < 0.7).T
+    config = SkeinConfig(**SMALL)
+    assert not mask.is_contiguous()
+    output = skein_attention(query, key, value, mask, config=config)
+    assert torch.equal(output, skein_attention(query, key, value, mask.contiguous(), config=config))
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"num_strata": 257}, r"up to 256 strata of torch\.float32; num_strata is 257"),
+        ({"max_blocks": 64, "num_pilots": 2048, "block_size": 1}, "up to 65535 pilots .* there may be 81920"),
+    ],
+)
+def test_what_the_kernels_have_no_room_for(settings, reason):
+    query, key, value = inputs(40)
+    config = SkeinConfig(**{**SMALL, **settings})
+    with pytest.raises(ValueError, match=reason):
+        skein_attention(query, key, value, config=config)
+    assert attention.why_no_kernels(config, query, value)  # `auto` goes by this
+
+
 def test_exact_is_decided_per_sequence(poisoned):
     query, key, value = inputs(40, batch=2)
     mask = torch.arange(40, device=DEVICE) < torch.tensor([[40], [30]], device=DEVICE)
@@ -236,7 +273,7 @@ def test_a_kernel_that_fails_raises(monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("out of shared memory")
 
-    monkeypatch.setattr(ops.attention, "forward", fail)
+    monkeypatch.setattr(type(ops.attention.forward_kernel), "run", fail)
     with pytest.raises(RuntimeError, match="out of shared memory"):
         skein_attention(*inputs(20), config=SkeinConfig(**SMALL))
 

@@ -187,16 +187,17 @@ def test_strata_of_identical_keys():
 
 
 @pytest.mark.parametrize(
-    ("lengths", "dtype", "p", "parts", "exact_rows"),
+    ("lengths", "dtype", "p", "parts", "exact_rows", "sizes"),
     [
-        ((257, 17, 130), torch.float32, 24, 1, 2),
-        ((63,), torch.bfloat16, 128, 1, 0),
-        ((65,), torch.float16, 40, 1, 1),
-        ((90,), torch.float32, 16, 3, 1),
+        ((257, 17, 130), torch.float32, 24, 1, 2, (32, 4)),
+        ((63,), torch.bfloat16, 128, 1, 0, (32, 4)),
+        ((65,), torch.float16, 40, 1, 1, (32, 4)),
+        ((90,), torch.float32, 16, 3, 1, (32, 4)),
+        ((60, 95), torch.float32, 16, 6, 1, (4, 16)),  # the smallest blocks have 3 and 5 queries
     ],
 )
-def test_columns_have_the_highest_scores(poisoned, lengths, dtype, p, parts, exact_rows):
-    case = Case(lengths, heads=2, kv_heads=1, p=p, pv=40, dtype=dtype)
+def test_columns_have_the_highest_scores(poisoned, lengths, dtype, p, parts, exact_rows, sizes):
+    case = Case(lengths, heads=2, kv_heads=1, p=p, pv=40, dtype=dtype, block_size=sizes[0], max_blocks=sizes[1])
     chosen = case.adaptive(num_pilots=parts, exact_rows=exact_rows)
     assert chosen.columns.dtype == torch.int32 and chosen.columns.shape == (len(lengths), 2, case.num_blocks, 16)
     for b, length in enumerate(lengths):

@@ -130,6 +130,8 @@ def convert_checkpoint(
         ValueError: An argument, or the source, is not as above; the message says what is, and what to do.
         OSError: Something cannot be read or written. After any error the destination is as it was.
     """
+    if not isinstance(source, PreTrainedModel):
+        source = os.path.expanduser(source)
     _check_arguments(max_length, positions, dtype, revision, source)
     destination = Path(destination).expanduser().resolve()
     _check_destination(destination, overwrite)
@@ -170,7 +172,7 @@ def convert_checkpoint(
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
         if folder is not None:
-            _copy_sentence_transformers(folder, partial, conversion.max_length)
+            _copy_sentence_transformers(folder, partial, max_length)
         record = json.dumps(dataclasses.asdict(conversion), indent=2)
         (partial / RECORD).write_text(record + "\n", encoding="utf-8")
         _check_written(model, partial)
@@ -434,10 +436,10 @@ def _made_whole(destination: Path, overwrite: bool) -> Iterator[Path]:
             destination.rename(old)
             try:
                 partial.rename(destination)
-            except OSError:
+            except BaseException:
                 old.rename(destination)
                 raise
-            shutil.rmtree(old)
+            shutil.rmtree(old, ignore_errors=True)
         else:
             partial.rename(destination)
     except (OSError, SafetensorError) as error:
@@ -464,8 +466,8 @@ def _same(first: torch.Tensor | None, second: torch.Tensor | None) -> bool:
     return first is not None and second is not None and torch.equal(first.cpu(), second.cpu())
 
 
-def _copy_sentence_transformers(folder: Path, target: Path, max_length: int) -> None:
-    """What sentence-transformers keeps beside a model: pooling and its like, and a length of its own."""
+def _copy_sentence_transformers(folder: Path, target: Path, max_length: int | None) -> None:
+    """What sentence-transformers keeps beside a model: pooling and its like, and a length, changed if one is given."""
     if not (folder / "modules.json").exists():
         return
     modules = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
@@ -476,6 +478,6 @@ def _copy_sentence_transformers(folder: Path, target: Path, max_length: int) -> 
         if (folder / name).exists():
             shutil.copy(folder / name, target / name)
     limits = target / "sentence_bert_config.json"
-    if limits.exists():
+    if max_length is not None and limits.exists():
         values = json.loads(limits.read_text(encoding="utf-8"))
         limits.write_text(json.dumps({**values, "max_seq_length": max_length}, indent=2) + "\n", encoding="utf-8")

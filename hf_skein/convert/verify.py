@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..card import digests_of_weights
 from ..registration import NAME, _skein_config
 from . import architecture
 from .checkpoint import RECORD as CONVERSION
@@ -53,6 +54,7 @@ class Row:
 
     Attributes:
         length: Tokens of a document.
+        least_cosine: Of the documents, after the last layer.
         relative_error: Of the hidden states after each layer, `‖skein - exact‖ / ‖exact‖`.
         token_cosine: Mean cosine of a token's hidden state in both, after each layer.
         document_cosine: Cosine of the mean hidden state in both, after each layer.
@@ -63,6 +65,7 @@ class Row:
     """
 
     length: int
+    least_cosine: float
     relative_error: list[float]
     token_cosine: list[float]
     document_cosine: list[float]
@@ -81,6 +84,7 @@ class Verification:
         destination: Name of the converted model.
         model_class: Of the converted model.
         skein: Its settings.
+        weights: The SHA-256 of each of its files of weights.
         checks: What must hold.
         rows: One per length.
         documents: Documents per length.
@@ -94,6 +98,7 @@ class Verification:
     destination: str
     model_class: str
     skein: dict[str, Any]
+    weights: dict[str, str]
     checks: list[Check]
     rows: list[Row]
     documents: int
@@ -145,7 +150,8 @@ def verify(
         lengths: Tokens of the documents; default: 1024, 2048, 4096 and so on, up to the new length.
         documents: Documents per length, one after another of the text.
         repeats: Timed forward passes per length, exact and skein by turns.
-        min_cosine: Least cosine of a document's mean hidden state after the last layer, skein to exact.
+        min_cosine: Least cosine that the mean hidden state of any document may have after the last layer, skein to
+            exact.
         device: Where to run.
         allow_pickle: Read `pytorch_model.bin` of the original if need be.
 
@@ -156,6 +162,7 @@ def verify(
         ValueError: A model cannot be read, a length is not within the model's, or the text is too short.
         OSError: A file cannot be read.
     """
+    source, destination = os.path.expanduser(source), os.path.expanduser(destination)
     folders = _find(source, None, allow_pickle), _find(destination, None, allow_pickle=False)
     model, _ = _load(folders[1], None, allow_pickle=False)
     sketched, _ = _load(folders[1], None, allow_pickle=False, attention=NAME)
@@ -172,7 +179,8 @@ def verify(
     if any(not 1 < length <= limit for length in lengths):
         raise ValueError(f"lengths must be from 2 to {limit}, what {type(model).__name__} takes; got {list(lengths)}.")
     content, text_source = _read_text(text)
-    tokens = _tokens(tokenizer, content, max(lengths), documents)
+    agreement = _agreement_length(original, folders[1])
+    tokens = _tokens(tokenizer, content, max(*lengths, agreement or 0), documents)
 
     skein = _skein_config(model.config)
     checks = [
@@ -183,19 +191,22 @@ def verify(
             tokenizer.model_max_length <= limit,
             f"{tokenizer.model_max_length} and {limit} tokens",
         ),
-        *_check_agreement(original, models, tokens, _agreement_length(original, folders[1]), skein.exact_length),
+        *_check_agreement(original, models, tokens, agreement, skein.exact_length),
     ]
     del original
     rows = [_measure(model, sketched, tokens, length, repeats) for length in sorted(set(lengths))]
     finite = all(map(torch.isfinite, torch.tensor([row.relative_error[-1] for row in rows])))
     checks.append(Check("skein's hidden states are finite", finite, f"at {', '.join(str(row.length) for row in rows)}"))
-    worst = min(row.document_cosine[-1] for row in rows)
-    checks.append(Check(f"documents keep a cosine of {min_cosine:g}", worst >= min_cosine, f"the least is {worst:.4f}"))
+    worst = min(row.least_cosine for row in rows)
+    checks.append(
+        Check(f"each document keeps a cosine of {min_cosine:g}", worst >= min_cosine, f"the least is {worst:.4f}")
+    )
     return Verification(
         source=_name(source),
         destination=_name(destination),
         model_class=type(model).__name__,
         skein=skein.to_dict(),
+        weights=digests_of_weights(folders[1]),
         checks=checks,
         rows=rows,
         documents=documents,
@@ -255,10 +266,14 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str, **options: Any) -> list[
 
 def _check_class(original: PreTrainedModel, model: PreTrainedModel) -> Check:
     name = "the class and the names of its weights are the original's"
+    became = "and"
     if architecture.converts(original.config.model_type):
-        return Check(name, True, f"{type(original).__name__} became {type(model).__name__}, as it must")
-    same = type(original) is type(model) and original.state_dict().keys() == model.state_dict().keys()
-    return Check(name, same, f"{type(original).__name__} and {type(model).__name__}")
+        name, became = "the class and the names of its weights are those that the original is converted to", "became"
+        expected, _ = architecture.to_full_attention(original)
+    else:
+        expected = original
+    same = type(expected) is type(model) and expected.state_dict().keys() == model.state_dict().keys()
+    return Check(name, same, f"{type(original).__name__} {became} {type(model).__name__}")
 
 
 def _agreement_length(original: PreTrainedModel, folder: Path) -> int | None:
@@ -341,7 +356,8 @@ def _measure(
     mib = [_cost(model, documents[0], measure_memory=True)[1] for model in (exact, skein)]
     seconds = [[_cost(model, documents[0])[0] for model in (exact, skein)] for _ in range(repeats)]  # by turns
     medians = map(statistics.median, zip(*seconds, strict=True))
-    return Row(length, relative, token, document, *medians, *mib)
+    least = min(cosine[-1] for _, _, cosine in errors)
+    return Row(length, least, relative, token, document, *medians, *mib)
 
 
 def _compare(

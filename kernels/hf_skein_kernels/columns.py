@@ -412,7 +412,11 @@ def top_columns(
     out = torch.zeros(batch, heads, blocks, count, dtype=torch.int32, device=device)
     lse = bias
     if parts > 1:
-        lse = log_sum_exp(pilots.flatten(2, 3), key, spread, scale, layout)
+        lse = log_sum_exp(pilots.flatten(2, 3), key, spread, scale, layout).view(batch, heads, blocks, parts)
+        # The smallest block of a sequence may have fewer queries than it should have parts: those have no weight.
+        present = layout.query_length // layout.blocks.clamp(min=1)
+        missing = torch.arange(parts, device=device) >= present[:, None]
+        lse = lse.masked_fill(missing[:, None, None], torch.inf)
     tile = conf.rows if parts else 1
     for stage in range(4):
         if stage == 3:

@@ -108,5 +108,6 @@ def _valid_first(mask: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor]:
     if mask is None:
         index = torch.arange(n, device=x.device, dtype=torch.int32).expand(batch, n).contiguous()
         return index, torch.full((batch,), n, device=x.device, dtype=torch.int32)
-    index = torch.sort((~mask).byte(), dim=-1, stable=True).indices
+    # Kernels address it without strides, and sorting would keep those of a transposed mask.
+    index = torch.sort((~mask).byte().contiguous(), dim=-1, stable=True).indices
     return index.int(), mask.sum(-1, dtype=torch.int32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -23,6 +24,9 @@ _NUM_SELECTION = len(Selection._fields)
 KINDS = ("second_order", "mean", "geometric", "simple")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_DIM = 256
+MAX_STRATA = 512  # of 16 bits; of float32 half as many
+MAX_PILOTS = 65535  # CUDA's limit of a grid but for its first axis
+LARGE_HEADS_MEMORY = 114688  # bytes of shared memory of heads of more than 128 numbers: the record of what was compiled
 LEAST_CAPABILITY = (8, 0)  # Triton's on CUDA; every GPU of ROCm has a higher one
 
 # --- operators ---
@@ -316,20 +320,25 @@ def skein_attention(
     Raises:
         ValueError: A dtype, a head dimension, a device or an option that the kernels do not have.
     """
-    _check(query, value, method, kind, num_columns, exact_length)
-    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
-    if scale is None:
-        scale = query.shape[-1] ** -0.5
     if method != "adaptive":  # one block
         block_size, max_blocks = 2**31 - 1, 1
     if kind != "second_order":
         num_strata = 1
+    _check(
+        query, value, method, kind, num_columns, exact_length, num_strata, min(max_blocks, query.shape[2]) * num_pilots
+    )
+    if query.shape[2] == 0:
+        return query.new_zeros(*query.shape[:3], value.shape[-1])
+    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+    if scale is None:
+        scale = query.shape[-1] ** -0.5
     constants = select(
         query.detach(), key.detach(), value.detach(), query_mask, key_mask, method, max_blocks, block_size,
         exact_length, num_columns, num_strata, num_pilots, exact_rows, pilot_reutilization, uniform, seed, layer, scale,
     )  # fmt: skip
     dropout_seed = torch.randint(2**62, (1,), device=query.device) if dropout else None
-    is_ragged = query_mask is not None or key_mask is not None
+    # Without masks too, where the batch is short enough to be computed exactly.
+    is_ragged = query_mask is not None or key_mask is not None or key.shape[2] <= exact_length
     return attend(
         query, key, value, constants, dropout_seed, is_ragged, max_blocks, block_size, num_strata, kind, scale, dropout
     )[0]
@@ -340,8 +349,22 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
-def why_not(query: Tensor, value: Tensor) -> str | None:
-    """The reason why the kernels cannot run on these inputs, or None if they can."""
+@torch.compiler.assume_constant_result
+def _shared_memory(device: torch.device) -> int:
+    """Bytes of one program at most, where PyTorch tells."""
+    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", sys.maxsize)
+
+
+def why_not(query: Tensor, value: Tensor, num_strata: int = 1, num_pilots: int = 1) -> str | None:
+    """The reason why the kernels cannot run on these inputs, or None if they can.
+
+    Args:
+        query: `[B, H, n_q, p]`.
+        value: `[B, HK, n_k, pv]`.
+        num_strata: Strata of a head.
+        num_pilots: Pilots of a head, of all its blocks together.
+    """
+    largest = max(query.shape[-1], value.shape[-1])
     if not INTERPRETED.value:
         if query.device.type != "cuda":
             return (
@@ -349,16 +372,35 @@ def why_not(query: Tensor, value: Tensor) -> str | None:
             )
         if (capability := _capability(query.device)) < LEAST_CAPABILITY:
             return f"it needs a GPU of compute capability {LEAST_CAPABILITY}; {query.device} has {capability}"
+        needs_much = largest > 128 and torch.version.hip is None
+        if needs_much and (memory := _shared_memory(query.device)) < LARGE_HEADS_MEMORY:
+            return (
+                f"heads of more than 128 numbers need {LARGE_HEADS_MEMORY} bytes of shared memory; {query.device} has "
+                f"{memory}"
+            )
     if query.dtype not in DTYPES:
         return f"it knows {', '.join(str(x) for x in DTYPES)}; the inputs are {query.dtype}"
-    largest = max(query.shape[-1], value.shape[-1])
     if largest > MAX_HEAD_DIM:
         return f"it knows heads of up to {MAX_HEAD_DIM} numbers; the inputs have {largest}"
+    most = MAX_STRATA // (2 if query.dtype == torch.float32 else 1)
+    if num_strata > most:
+        return f"it knows up to {most} strata of {query.dtype}; num_strata is {num_strata}"
+    if num_pilots > MAX_PILOTS:
+        return f"it knows up to {MAX_PILOTS} pilots (max_blocks times num_pilots); there may be {num_pilots}"
     return None
 
 
-def _check(query: Tensor, value: Tensor, method: str, kind: str, num_columns: int, exact_length: int) -> None:
-    if reason := why_not(query, value):
+def _check(
+    query: Tensor,
+    value: Tensor,
+    method: str,
+    kind: str,
+    num_columns: int,
+    exact_length: int,
+    num_strata: int,
+    num_pilots: int,
+) -> None:
+    if reason := why_not(query, value, num_strata, num_pilots):
         raise ValueError(f"Triton cannot compute this: {reason}.")
     if method not in ("adaptive", "skeinformer") or kind not in KINDS:
         raise ValueError(

@@ -382,12 +382,11 @@ def _changed(config: PretrainedConfig, fields: Mapping[str, Any]) -> SkeinConfig
     before = _skein_config(config).to_dict()
     window = getattr(config, "attention_window", None)
     of_window = with_window({}, window).get("layers", {})  # if it differs between layers
-    counts = {layer: overrides["num_columns"] for layer, overrides in of_window.items()}
-    now = {layer: overrides.get("num_columns") for layer, overrides in before["layers"].items()}
-    if counts and counts.items() <= now.items():  # they are in force
+    if of_window and all("num_columns" in before["layers"].get(layer, {}) for layer in of_window):  # it is in force
         if "num_columns" in fields:
-            for layer in counts:
-                del before["layers"][layer]["num_columns"]
+            for layer, overrides in of_window.items():
+                if before["layers"][layer]["num_columns"] == overrides["num_columns"]:
+                    del before["layers"][layer]["num_columns"]
             before["layers"] = {layer: overrides for layer, overrides in before["layers"].items() if overrides}
         elif isinstance(layers := fields.get("layers"), Mapping) and all(
             isinstance(x, Mapping) for x in layers.values()

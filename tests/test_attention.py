@@ -325,8 +325,13 @@ def test_poison_in_the_padding_stays_there():
         poisoned = [x.clone() for x in (query, key, value)]
         for x in poisoned:
             x[1, :, 70:] = torch.nan
+        for x in poisoned:
+            x.requires_grad_()
         output = skein_attention(*poisoned, mask, config=config)
         assert torch.equal(output[1, :, :70], clean[1, :, :70])
+        valid = output.transpose(1, 2)[mask]
+        for gradient in torch.autograd.grad(valid.square().sum(), poisoned):
+            assert gradient.transpose(1, 2)[mask].isfinite().all()
 
 
 # --- promise 5: linear memory ---

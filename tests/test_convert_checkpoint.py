@@ -314,6 +314,9 @@ def test_what_sentence_transformers_needs_comes_along(tmp_path):
     limits = json.loads((tmp_path / "b" / "sentence_bert_config.json").read_text())
     assert limits == {"max_seq_length": NEW, "do_lower_case": False}
     assert (tmp_path / "b" / "1_Pooling" / "config.json").exists()
+    convert_checkpoint(source, tmp_path / "c")  # which changes nothing but the attention
+    limits = json.loads((tmp_path / "c" / "sentence_bert_config.json").read_text())
+    assert limits == {"max_seq_length": 7, "do_lower_case": False}
 
 
 # --- what is wrong with the source or the arguments ---
@@ -526,20 +529,43 @@ def test_a_failure_while_writing_leaves_everything_as_it_was(error, when, overwr
     assert sorted(path.name for path in tmp_path.iterdir()) == (["a", "b"] if overwrite else ["a"])
 
 
-def test_a_move_that_fails_puts_the_old_model_back(source, tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [PermissionError(errno.EPERM, "not allowed"), KeyboardInterrupt()], ids=repr)
+def test_a_move_that_fails_puts_the_old_model_back(error, source, tmp_path, monkeypatch):
     convert_checkpoint(source, tmp_path / "b", NEW)
     before = listing(tmp_path)
     original = checkpoint.Path.rename
 
     def rename(self, target):
         if self.suffix == ".partial":
-            raise PermissionError(errno.EPERM, "not allowed")
+            raise error
         return original(self, target)
 
     monkeypatch.setattr(checkpoint.Path, "rename", rename)
-    with pytest.raises(OSError, match=r"could not be written and is as it was: .*not allowed"):
+    message = r"could not be written and is as it was: .*not allowed" if str(error) else None
+    with pytest.raises(KeyboardInterrupt if message is None else OSError, match=message):
         convert_checkpoint(source, tmp_path / "b", 99, overwrite=True)
     assert listing(tmp_path) == before
+
+
+def test_an_old_model_that_cannot_be_deleted_does_not_make_it_a_failure(source, tmp_path, monkeypatch):
+    convert_checkpoint(source, tmp_path / "b", NEW)
+    original = checkpoint.shutil.rmtree
+
+    def rmtree(path, ignore_errors=False):
+        if path.suffix != ".old":
+            original(path, ignore_errors)
+        elif not ignore_errors:
+            raise PermissionError(errno.EPERM, "not allowed")
+
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", rmtree)
+    convert_checkpoint(source, tmp_path / "b", 99, overwrite=True)
+    assert json.loads((tmp_path / "b" / "config.json").read_text())["max_position_embeddings"] == 99
+
+
+def test_the_home_folder(source, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert convert_checkpoint("~/a", "~/b", NEW).source == "a"
+    refused(ValueError, "revision='v9' is for a source on the Hub; got 'a'", "~/a", tmp_path / "c", revision="v9")
 
 
 def test_what_does_not_read_back_is_not_delivered(source, tmp_path, monkeypatch):

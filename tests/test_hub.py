@@ -14,6 +14,7 @@ import torch
 from hub_server import running
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard import metadata_load
+from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM, BertTokenizer
 
 from hf_skein import hub as hub_module
@@ -353,7 +354,13 @@ def test_the_card_says_where_the_model_comes_from_and_passes_validation(hub, pus
     assert metadata_load(path) == expected
     assert ModelCard.load(path).data.to_dict() == expected
     text = path.read_text()
-    for part in ("up to 512 tokens", "`num_columns` | 8", "pip install hf-skein", "## Limits", "## Intended use"):
+    for part in (
+        "up to 512 tokens",
+        "`num_columns` | 8",
+        "`hf_skein` is the package hf-skein",
+        "## Limits",
+        "## Intended use",
+    ):
         assert part in text
     assert str(tmp_path) not in text
 
@@ -444,6 +451,55 @@ def test_what_verify_found_is_in_the_card(saved, folder, text):
     path.write_text(json.dumps(record))
     with pytest.raises(hub_module.HubError, match="made with other settings"):
         hub_module.make_card(folder, "me/x", license="mit")
+    verification.save(found, folder)
+    weights = load_file(folder / "model.safetensors")
+    next(iter(weights.values())).add_(1)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(hub_module.HubError, match="made with other weights"):
+        hub_module.make_card(folder, "me/x", license="mit")
+
+
+def test_settings_that_are_left_out_are_in_the_card(saved, folder, text):
+    """`config.skein` may hold some fields only, and a window counts as columns."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    few = {name: config["skein"][name] for name in ("min_length", "block_size")}
+    path.write_text(json.dumps(config | {"skein": few, "attention_window": 24}))
+    found = verification.verify(saved.parent / "source", folder, text=text, lengths=[64], repeats=1, min_cosine=0)
+    verification.save(found, folder)
+    assert "| `num_columns` | 24 |" in hub_module.make_card(folder, "me/x", license="mit").text
+
+
+@pytest.mark.parametrize(
+    ("settings", "wanted", "unwanted"),
+    [
+        ({}, "tokens are computed exactly, so skein gains", "unless"),
+        (
+            {"layers": {"0": {"min_length": 0}}},
+            "are computed exactly, unless `layers` says otherwise, so",
+            "All sequences",
+        ),
+        ({"method": "exact"}, "All sequences are computed exactly, at a cost", "approximation"),
+        ({"method": "vmean"}, "every query gets the mean of\n  all values", "approximation"),
+    ],
+)
+def test_the_limits_are_those_of_the_method(folder, settings, wanted, unwanted):
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"skein": {**config["skein"], **settings}}))
+    limits = hub_module.make_card(folder, "me/x", license="mit").text.partition("## Limits")[2]
+    assert wanted in limits and unwanted not in limits
+
+
+def test_files_of_tokenizers_and_pickled_modules(folder):
+    (folder / "1_Dense").mkdir()
+    for name in ("word_shape.json", "word_pronunciation.json", "1_Dense/config.json"):
+        (folder / name).write_text("{}")
+    save_file({"weight": torch.ones(2)}, folder / "1_Dense" / "model.safetensors")
+    assert {"word_shape.json", "word_pronunciation.json"} <= set(hub_module.select_files(folder).uploaded)
+    (folder / "1_Dense" / "model.safetensors").rename(folder / "1_Dense" / "pytorch_model.bin")
+    with pytest.raises(hub_module.HubError, match=r"1_Dense/pytorch_model\.bin holds weights as a pickle"):
+        hub_module.select_files(folder)
 
 
 def test_a_record_that_is_not_ours(folder):

@@ -188,6 +188,26 @@ def test_the_window_says_how_many_columns_where_nothing_else_does():
         settings(-2)
 
 
+def test_windows_of_layers_stay_until_columns_are_set():
+    def columns(config):
+        return [registration._skein_config(config).for_layer(layer).num_columns for layer in range(3)]
+
+    config = BertConfig(**TINY, attention_window=[64, 32, 48])
+    hf_skein.configure(config, min_length=0)
+    hf_skein.configure(config, layers={1: {"method": "exact"}, 2: {"num_columns": 7}})
+    assert columns(config) == [64, 32, 7]
+    assert registration._skein_config(config).for_layer(1).method == "exact"
+    hf_skein.configure(config, layers={0: {"exact_rows": 2}})
+    assert columns(config) == [64, 32, 48]
+    hf_skein.configure(config, num_columns=256)
+    assert columns(config) == [256, 256, 256]
+    assert registration._skein_config(config).layers == {0: {"exact_rows": 2}}
+    hf_skein.configure(config, layers={1: {"num_columns": 9}})
+    assert columns(config) == [256, 9, 256]
+    with pytest.raises(ValueError, match="allowed is a dict"):
+        hf_skein.configure(BertConfig(**TINY, attention_window=[64, 32, 48]), layers={0: 3})
+
+
 @pytest.mark.parametrize("config_class", [BertConfig, RobertaConfig])
 @pytest.mark.parametrize("auto", HEADS)
 def test_global_attention_mask_reaches_the_sketch(auto, config_class, monkeypatch):

@@ -113,6 +113,8 @@ def test_figures_are_what_they_say(words, tmp_path):
     row = found.rows[0]
     measured = torch.tensor([row.relative_error, row.token_cosine, row.document_cosine])
     torch.testing.assert_close(measured, torch.stack(expected).mean(0), rtol=1e-4, atol=1e-6)
+    assert row.least_cosine == pytest.approx(min(cosines[2, -1].item() for cosines in expected), abs=1e-5)
+    assert row.least_cosine < row.document_cosine[-1]
     assert row.exact_seconds > 0 and row.skein_seconds > 0
     assert found.text["name"] == "words.txt" and len(found.text["sha256"]) == 64
 
@@ -171,12 +173,15 @@ def test_another_class_settings_and_limit_are_seen(words, tmp_path):
     other.mkdir()
     names = off(run((convert(tiny("Roberta"), other)[0], folders[1]), words))
     assert "the class and the names of its weights are the original's" in names
+    source = convert(longformer(AutoModel), tmp_path / "sparse")[0]
+    names = off(run((source, folders[1]), words))
+    assert "the class and the names of its weights are those that the original is converted to" in names
 
 
 def test_documents_that_lose_their_direction_are_seen(words, tmp_path):
     folders = convert(tiny("Bert"), tmp_path, settings={"method": "vmean", "min_length": 8, "num_columns": 8})
     found = run(folders, words, min_cosine=1.0)
-    assert off(found) == ["documents keep a cosine of 1"]
+    assert off(found) == ["each document keeps a cosine of 1"]
 
 
 def test_interpolated_positions_need_not_agree(words, tmp_path):
@@ -196,6 +201,10 @@ def test_a_rounded_model_is_compared_with_the_rounded_original(words, tmp_path):
 
 def test_text_and_lengths_must_do(words, tmp_path):
     folders = convert(tiny("Bert"), tmp_path)
+    few = tmp_path / "few.txt"
+    few.write_text(" ".join(words.read_text().split()[:30]))  # enough for the lengths, not to compare the models
+    with pytest.raises(ValueError, match=rf"3 documents of {OLD} tokens are asked for, and the text has 30"):
+        run(folders, few, lengths=[10])
     with pytest.raises(ValueError, match=r"7 documents of 31 tokens are asked for, and the text has 200"):
         run(folders, words, documents=7)
     for wrong in ([32], [1], [0, 31]):

@@ -130,7 +130,7 @@ def convert_checkpoint(
         ValueError: An argument, or the source, is not as above; the message says what is, and what to do.
         OSError: Something cannot be read or written. After any error the destination is as it was.
     """
-    if not isinstance(source, PreTrainedModel):
+    if isinstance(source, str | os.PathLike):
         source = os.path.expanduser(source)
     _check_arguments(max_length, positions, dtype, revision, source)
     destination = Path(destination).expanduser().resolve()

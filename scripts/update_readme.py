@@ -254,6 +254,12 @@ def ingredients() -> str:
     return markdown_table(["", *map(tokens, record["lengths"]), "cosine of documents"], body)
 
 
+def replaced() -> str:
+    record = load("ablations")
+    body = [[name, *(f"{errors[str(n)]:.3f}" for n in record["lengths"])] for name, errors in record["summary"].items()]
+    return markdown_table(["", *map(tokens, record["lengths"])], body)
+
+
 # docs/framework.md
 
 
@@ -511,6 +517,7 @@ PLACES: list[tuple[str, str, Callable[[], str]]] = [
     ("README.md", "embeddings", embeddings),
     ("README.md", "film-reviews", film_reviews),
     ("docs/method.md", "ingredients", ingredients),
+    ("docs/method.md", "replaced", replaced),
     ("docs/framework.md", "framework-products", framework_products),
     ("docs/framework.md", "framework-pilots", framework_pilots),
     ("docs/results.md", "records", records),

@@ -130,9 +130,9 @@ def plot(record: dict[str, Any], output: Path) -> None:
         axis.barh(at, [errors[str(n)] for errors in record["summary"].values()], height, label=f"{n} tokens")
     axis.set_yticks(range(len(VARIANTS)), record["summary"], fontsize=7)
     axis.invert_yaxis()
-    axis.set(xlabel="relative Frobenius error, mean over heads and layers")
+    axis.set(xlabel="relative Frobenius error")
     axis.grid(axis="x", alpha=0.3)
-    axis.legend()
+    figure.legend(loc="outside lower center", ncols=len(lengths))
     save_figure(figure, f"Ingredients of adaptive attention, {record['model']}", record, output)
 
 

@@ -15,12 +15,17 @@ help:
 	@echo "make test-oldest  what touches Transformers, on the oldest release admitted ($(OLDEST_TRANSFORMERS))"
 	@echo "make clean        remove both virtual environments and what the demo wrote"
 
+# The pinned versions need it; hf-skein itself does not.
+NEWER = $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "make needs Python 3.11: make PYTHON=python3.11 ...")'
+
 $(VENV)/.installed-test: pyproject.toml constraints.txt
+	$(NEWER)
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[test,hub-kernel]"
 	touch $@ $(VENV)/.installed-demo
 
 $(VENV)/.installed-demo: pyproject.toml constraints.txt
+	$(NEWER)
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[demo]"
 	touch $@
@@ -28,6 +33,7 @@ $(VENV)/.installed-demo: pyproject.toml constraints.txt
 # The same pins, but for Transformers and the two packages that it pins itself. Without `kernels`, whose present versions
 # the oldest Transformers cannot import.
 $(OLDEST)/.installed: pyproject.toml constraints.txt
+	$(NEWER)
 	$(PYTHON) -m venv $(OLDEST)
 	sed -e 's/^transformers==.*/transformers==$(OLDEST_TRANSFORMERS)/' -e '/^huggingface_hub==/d' -e '/^tokenizers==/d' \
 		constraints.txt > $(OLDEST)/constraints.txt

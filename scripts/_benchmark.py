@@ -113,13 +113,20 @@ def start(args: argparse.Namespace, script: str, *packages: str) -> dict[str, An
     """Sets the number of threads; returns the header of the record: the options and `provenance`, without paths."""
     if args.threads:
         torch.set_num_threads(args.threads)
+    if torch.device(args.device).type == "cuda":
+        torch.cuda.set_device(args.device)  # whose memory is measured, and which is waited for
     options = {key: value for key, value in vars(args).items() if key not in ("output", "threads", "setting")}
     for key in ("model", "text", "documents"):
         if options.get(key) is not None and Path(options[key]).exists():
             options[key] = Path(options[key]).name
     if "model" in options:
         options["model"] = options["model"] or "all-MiniLM-L6-v2"
-    return {"script": Path(script).name, "seed": 0, **options, **provenance("transformers", "hf-skein", *packages)}
+    return {
+        "script": Path(script).name,
+        "seed": 0,
+        **options,
+        **provenance("transformers", "triton", "hf-skein", *packages),
+    }
 
 
 # Real inputs of attention layers

@@ -20,7 +20,8 @@ def provenance(*packages: str) -> dict[str, Any]:
         *packages: Names of distributions whose versions matter, besides Python and torch.
 
     Returns:
-        Plain JSON; the commit is None outside a git checkout and ends in `-dirty` with uncommitted changes.
+        Plain JSON; the commit is None outside a git checkout and ends in `-dirty` with uncommitted changes or new
+        Python files.
     """
     versions = {"python": platform.python_version()}
     for package in ("torch", *packages):
@@ -39,11 +40,20 @@ def provenance(*packages: str) -> dict[str, Any]:
 
 def origin(record: dict[str, Any]) -> str:
     """Hardware and versions of a record in a line, for pictures."""
-    hardware, versions = record["hardware"], record["versions"]
+    return f"{place(record)}; {packages(record)}"
+
+
+def place(record: dict[str, Any]) -> str:
+    """The GPU of a record or, if it was not used, the processor and its threads."""
+    hardware = record["hardware"]
     on_gpu = hardware["gpu"] and not record.get("device", "cuda").startswith("cpu")
-    where = hardware["gpu"] if on_gpu else f"{hardware['cpu']}, threads: {hardware['threads']}"
-    named = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers", "triton") if name in versions)
-    return f"{where}; {named}"
+    return hardware["gpu"] if on_gpu else f"{hardware['cpu']}, threads: {hardware['threads']}"
+
+
+def packages(record: dict[str, Any]) -> str:
+    """The versions of a record that matter most."""
+    versions = record["versions"]
+    return ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers", "triton") if versions.get(name))
 
 
 def _cpu_name() -> str | None:
@@ -56,11 +66,22 @@ def _cpu_name() -> str | None:
 
 
 def _commit() -> str | None:
-    git = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True)
+        return done.stdout.strip()
+
     try:
-        return subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip() or None
+        commit = git("rev-parse", "HEAD")
+        is_dirty = git("status", "--porcelain", "--untracked-files=no") or git("status", "--porcelain", "--", ":/*.py")
     except OSError:
         return None
+    return f"{commit}-dirty" if commit and is_dirty else commit or None
+
+
+def short_commit(commit: str | None) -> str:
+    """The beginning of a commit, and whether there was more than it."""
+    name, dash, dirty = (commit or "unknown").partition("-")
+    return f"{name[:10]}{dash}{dirty}"
 
 
 def write_json(path: Path, value: Any) -> None:

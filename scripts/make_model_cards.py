@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from _record import short_commit
+
 from hf_skein.card import Facts, Table, render
 from hf_skein.config import SkeinConfig
 
@@ -25,7 +27,7 @@ def embeddings_table(record: dict[str, Any]) -> Table:
         f"accuracy of a logistic regression, mean and deviation over {folds} folds, and cosine to the embeddings of "
         f"exact attention. {record['hardware']['cpu']}, {record['hardware']['threads']} threads, torch "
         f"{record['versions']['torch']}, transformers {record['versions']['transformers']}, hf-skein at commit "
-        f"{record['commit'][:12]}; `scripts/{record['script']}`."
+        f"{short_commit(record['commit'])}; one run of each, one after another; `scripts/{record['script']}`."
     )
     columns = ["attention", "tokens", "accuracy", "cosine: mean", "least", "seconds for all"]
     rows = [

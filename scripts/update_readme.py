@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from _document import markdown_table, replace_marked
+from _record import packages, place, short_commit
 from film_reviews import title
 
 from hf_skein import SkeinConfig
@@ -128,7 +129,7 @@ def encoders() -> str:
         f"A whole encoder of MiniLM's size (random weights, fp32, {cores(record)}, medians of {record['repeats']}),",
         "the sketch at every length, beside Transformers' other encoders for long documents in the same size",
         "([record](benchmarks/results/encoder_minilm.json) with memory, tokens per second and the share of attention;",
-        "`scripts/benchmark_encoder.py`):",
+        "`scripts/benchmark_encoder.py`). Up to 704 tokens Transformers' BigBird is full attention:",
     )
     table = markdown_table(["seconds, one document", *map(tokens, lengths)], body)
     result = paragraph(
@@ -163,8 +164,8 @@ def embeddings() -> str:
         f"{record['mean_tokens']:.0f} tokens), the position table tiled to {record['max_length']}, logistic",
         "regression, ten folds, skein on every layer (`min_length=0`, else the defaults;",
         "[record](benchmarks/results/embeddings.json), `scripts/benchmark_embeddings.py`).",
-        "Most reviews are below the length from which a sketch pays, so here it",
-        "costs time as well:",
+        "Most reviews are below the length from which a sketch pays, so here it costs time as well (one run of each,",
+        "one after another):",
     )
     return f"{lead}\n\n{markdown_table(head, body)}"
 
@@ -342,16 +343,13 @@ def records() -> str:
     body = []
     for path in sorted(RESULTS.glob("*.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
-        hardware, versions = record["hardware"], record["versions"]
         picture = f", [plot](../benchmarks/results/{path.stem}.png)" if path.with_suffix(".png").exists() else ""
         body.append(
             [
                 f"[{path.stem}](../benchmarks/results/{path.name}){picture}",
-                f"{hardware['gpu'] or hardware['cpu']}, {count(hardware['threads'], 'thread')}",
-                ", ".join(
-                    f"{name} {versions[name]}" for name in ("torch", "transformers", "triton") if name in versions
-                ),
-                f"`{(record['commit'] or '')[:10]}`",
+                place(record),
+                packages(record),
+                f"`{short_commit(record['commit'])}`",
             ]
         )
     return markdown_table(["record", "hardware", "versions", "commit"], body)

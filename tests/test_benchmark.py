@@ -3,6 +3,7 @@
 import argparse
 import functools
 import json
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
 import _benchmark
+import _record
 from _benchmark import PeakMemory, format_table, named_setting
 from _record import ResumableRecord, write_json
 
@@ -86,6 +88,29 @@ def test_exact_attention_is_the_formula():
     rows = torch.tensor([7, 2])
     torch.testing.assert_close(_benchmark.exact_attention(inputs), expected)
     torch.testing.assert_close(_benchmark.exact_attention(inputs, rows), expected[:, rows])
+
+
+def test_a_commit_is_short_and_says_when_it_is_not_all():
+    assert _record.short_commit("0123456789abcdef") == "0123456789"
+    assert _record.short_commit("0123456789abcdef-dirty") == "0123456789-dirty"
+    assert _record.short_commit(None) == "unknown"
+
+
+def test_a_file_that_git_does_not_know_makes_a_commit_dirty(tmp_path, monkeypatch):
+    git = ["git", "-c", "user.name=x", "-c", "user.email=x@x", "-C", str(tmp_path)]
+    (tmp_path / "a.py").write_text("")
+    for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "x"]):
+        subprocess.run([*git, *command], check=True)
+    monkeypatch.setattr(_record, "__file__", str(tmp_path / "a.py"))
+    clean = _record._commit()
+    assert len(clean) == 40
+    (tmp_path / "notes.txt").write_text("")
+    assert _record._commit() == clean
+    (tmp_path / "b.py").write_text("")
+    assert _record._commit() == f"{clean}-dirty"
+    (tmp_path / "b.py").unlink()
+    (tmp_path / "a.py").write_text("x = 1")
+    assert _record._commit() == f"{clean}-dirty"
 
 
 def test_an_interrupted_record_is_continued(tmp_path):

@@ -1,6 +1,7 @@
 """scripts/demo.py: its letters cannot be understood from their first 512 tokens."""
 
 import importlib
+import json
 import random
 import sys
 from pathlib import Path
@@ -104,3 +105,24 @@ def test_skein_sketches_every_letter(parts, tmp_path, monkeypatch):
     min_length = int(skein[skein.index("--skein-min-length") + 1])
     assert min_length < min(letter.tokens for letters in parts.values() for letter in letters)
     assert "--skein-min-length" not in exact
+
+
+def test_the_demo_from_end_to_end(tmp_path, monkeypatch, capsys):
+    """As `make demo` runs it, with few letters and short forward passes."""
+    measure, measured = demo.compare_attention, []
+
+    def compare_attention(folder, passes):
+        measured.append(passes)
+        return measure(folder, {64: 1, 2048: 1})
+
+    monkeypatch.setattr(demo, "compare_attention", compare_attention)
+    monkeypatch.setattr(demo, "DOCUMENTS", {"train": 4, "validation": 2, "test": 4})
+    result = demo.main(["--max-length", "2048", "--output-dir", str(tmp_path)])
+    assert measured == [{2048: 3, 8192: 3}] and result["forward"].keys() == {64, 2048}
+    assert result["trained"].keys() == {"truncated", "full exact", "full skein"}
+    assert result["trained"]["truncated"]["accuracy"] == 0.5  # by its letters, whatever it learns
+    assert result["reloaded"] == {"agree": 4, "documents": 4}
+    record = json.loads((tmp_path / "demo.json").read_text())
+    assert record["trained"] == result["trained"] and record["versions"]["transformers"] and record["hardware"]["cpu"]
+    assert (tmp_path / "demo.png").stat().st_size > 10_000
+    assert "same label as before saving on 4 of 4 test letters" in capsys.readouterr().out

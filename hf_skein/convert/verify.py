@@ -163,6 +163,8 @@ def verify(
         OSError: A file cannot be read.
     """
     source, destination = os.path.expanduser(source), os.path.expanduser(destination)
+    if torch.device(device).type == "cuda":
+        torch.cuda.set_device(device)  # whose memory is measured, and which is waited for
     folders = _find(source, None, allow_pickle), _find(destination, None, allow_pickle=False)
     model, _ = _load(folders[1], None, allow_pickle=False)
     sketched, _ = _load(folders[1], None, allow_pickle=False, attention=NAME)

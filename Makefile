@@ -61,10 +61,10 @@ lint: $(VENV)/.installed-test
 	$(VENV)/bin/ruff format --check .
 
 test: lint
-	$(VENV)/bin/python -m pytest --numprocesses 2
+	$(VENV)/bin/python -m pytest --numprocesses 2 --dist worksteal
 
 test-oldest: $(OLDEST)/.installed
-	$(OLDEST)/bin/python -m pytest --numprocesses 2 tests/test_registration.py tests/test_model_families.py \
+	$(OLDEST)/bin/python -m pytest --numprocesses 2 --dist worksteal tests/test_registration.py tests/test_model_families.py \
 		tests/test_convert_positions.py tests/test_convert_checkpoint.py tests/test_verify.py tests/test_longformer.py \
 		tests/test_finetune_classification.py tests/test_hub.py tests/test_baselines.py
 

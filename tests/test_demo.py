@@ -116,13 +116,12 @@ def test_the_demo_from_end_to_end(tmp_path, monkeypatch, capsys):
         return measure(folder, {64: 1, 2048: 1})
 
     monkeypatch.setattr(demo, "compare_attention", compare_attention)
-    monkeypatch.setattr(demo, "DOCUMENTS", {"train": 4, "validation": 2, "test": 4})
+    monkeypatch.setattr(demo, "DOCUMENTS", {"train": 2, "validation": 2, "test": 2})
     result = demo.main(["--max-length", "2048", "--output-dir", str(tmp_path)])
     assert measured == [{2048: 3, 8192: 3}] and result["forward"].keys() == {64, 2048}
     assert result["trained"].keys() == {"truncated", "full exact", "full skein"}
-    assert result["trained"]["truncated"]["accuracy"] == 0.5  # by its letters, whatever it learns
-    assert result["reloaded"] == {"agree": 4, "documents": 4}
+    assert result["reloaded"] == {"agree": 2, "documents": 2}
     record = json.loads((tmp_path / "demo.json").read_text())
     assert record["trained"] == result["trained"] and record["versions"]["transformers"] and record["hardware"]["cpu"]
     assert (tmp_path / "demo.png").stat().st_size > 10_000
-    assert "same label as before saving on 4 of 4 test letters" in capsys.readouterr().out
+    assert "same label as before saving on 2 of 2 test letters" in capsys.readouterr().out

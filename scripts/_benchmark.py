@@ -111,11 +111,11 @@ def describe(config: SkeinConfig) -> str:
 
 def start(args: argparse.Namespace, script: str, *packages: str) -> dict[str, Any]:
     """Sets the number of threads; returns the header of the record: the options and `provenance`, without paths."""
+    options = {key: value for key, value in vars(args).items() if key not in ("output", "threads", "setting")}
     if args.threads:
         torch.set_num_threads(args.threads)
-    if torch.device(args.device).type == "cuda":
+    if torch.device(options.get("device", "cpu")).type == "cuda":
         torch.cuda.set_device(args.device)  # whose memory is measured, and which is waited for
-    options = {key: value for key, value in vars(args).items() if key not in ("output", "threads", "setting")}
     for key in ("model", "text", "documents"):
         if options.get(key) is not None and Path(options[key]).exists():
             options[key] = Path(options[key]).name

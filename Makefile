@@ -9,8 +9,8 @@ export TOKENIZERS_PARALLELISM := false
 .PHONY: help demo bench test test-oldest lint clean
 
 help:
-	@echo "make demo         MiniLM to 2048 tokens: time, memory, and a classifier that truncation cannot learn (5 minutes)"
-	@echo "make bench        quick runs of the benchmarks, into runs/bench (2 minutes)"
+	@echo "make demo         MiniLM to 2048 tokens: time, memory, and a classifier that truncation cannot learn (a few minutes)"
+	@echo "make bench        quick runs of the benchmarks, into runs/bench (a few minutes)"
 	@echo "make test         lint and the whole test suite, in a virtual environment of its own"
 	@echo "make test-oldest  what touches Transformers, on the oldest release admitted ($(OLDEST_TRANSFORMERS))"
 	@echo "make clean        remove both virtual environments and what the demo wrote"

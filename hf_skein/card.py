@@ -14,6 +14,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_url
 from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+from huggingface_hub.utils.sha import sha_fileobj
 
 from .config import SkeinConfig, with_window
 
@@ -221,11 +222,8 @@ def digests_of_weights(folder: Path) -> dict[str, str]:
     """The SHA-256 of every file of weights in a folder, by name."""
     found = {}
     for path in sorted(folder.glob("*.safetensors")):
-        digest = hashlib.sha256()
         with path.open("rb") as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
-        found[path.name] = digest.hexdigest()
+            found[path.name] = sha_fileobj(file).hex()
     return found
 
 

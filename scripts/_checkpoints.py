@@ -1,6 +1,5 @@
 """Checkpoints: folders `step-XXXXXXXX` of `accelerator.save_state`, each with the digest of every file."""
 
-import hashlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -10,6 +9,7 @@ from typing import Any
 from _data import InputError
 from _record import write_json
 from accelerate import Accelerator
+from huggingface_hub.utils.sha import sha_fileobj
 
 
 MANIFEST = "checkpoint.json"
@@ -55,19 +55,19 @@ def load_checkpoint(accelerator: Accelerator, folder: Path) -> Path | None:
     Raises:
         InputError: There are checkpoints, and all are damaged.
     """
-    paths = list(reversed(_checkpoints(folder)))
+    paths = _checkpoints(folder)[::-1]
+    if not paths:
+        return None
     damage = {path: find_damage(path) for path in paths}
     complete = [path for path in paths if damage[path] is None]
     lost = {path: _damage_of_best(path) for path in complete}
     chosen = next((path for path in complete if lost[path] is None), complete[0] if complete else None)
-    if paths and chosen is None:
+    if chosen is None:
         raise InputError(f"All checkpoints in {folder} are damaged ({damage[paths[0]]}); start anew with --overwrite.")
-    skipped = paths[: paths.index(chosen)] if chosen else []
+    skipped = paths[: paths.index(chosen)]
     for path in skipped:
         found = damage[path] or lost[path]
         accelerator.print(f"Skipping the checkpoint {path.name}: it is incomplete or damaged ({found}).")
-    if chosen is None:
-        return None
     accelerator.load_state(str(chosen))
     accelerator.print(f"Resuming from {chosen.name}.")
     accelerator.wait_for_everyone()  # all have looked at those that are deleted
@@ -158,8 +158,5 @@ def _digests(folder: Path) -> dict[str, str]:
 
 
 def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return sha_fileobj(file).hex()

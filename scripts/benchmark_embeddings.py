@@ -3,7 +3,7 @@
 Mean-pooled embeddings of labelled documents (a folder or zip file with one folder of texts per label), by an encoder
 whose position table is tiled to --max-length; a logistic regression on them, by cross-validation over folds that the
 file names tell. Cases: truncated, exact attention; full length, exact; full length, skein on every layer, in its
-default settings and with 128 columns.
+default settings.
 
     python scripts/benchmark_embeddings.py --documents movie_reviews.zip --output benchmarks/results/embeddings
 
@@ -47,7 +47,6 @@ CASES: dict[str, tuple[bool, SkeinConfig | None]] = {
     "exact": (True, None),
     "truncated": (False, None),
     "skein": (True, SkeinConfig(min_length=0)),
-    "skein-128": (True, SkeinConfig(min_length=0, num_columns=128)),
 }
 
 
@@ -170,8 +169,6 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = parser.parse_args(argv)
 
     cases = {name: case for name, case in CASES.items() if name in args.cases}
-    if "skein" in cases and cases["skein"] == cases.get("skein-128"):
-        del cases["skein-128"]  # the default has 128 columns
     cases |= {name: (True, config) for name, config in args.setting}
     header = start(args, __file__, "scikit-learn")
     data = read_documents(args.documents)

@@ -76,8 +76,8 @@ def reference_selection(query, key, value, query_mask, key_mask, config, scale):
         exact_rows[i, :, : s.exact_rows.shape[1]] = queries[s.exact_rows].int().masked_fill(repeated, -1)
         stratum[i][:, keys] = s.stratum[:: heads // kv_heads].int()
     nothing = torch.empty(batch, heads, 0, value.shape[-1], device=DEVICE)
-    chosen = Selection(order, columns, exact_rows, stratum, nothing, nothing[..., 0])
-    return layout, mark_exact(chosen), selections
+    marked = mark_exact(order, exact_rows, layout)[0]
+    return layout, Selection(marked, columns, exact_rows, stratum, nothing, nothing[..., 0]), selections
 
 
 def sequence(query, key, value, layout, i):
@@ -104,7 +104,7 @@ def reference(query, key, value, layout, selections, config, scale):
 
 
 def attend(query, key, value, layout, selection, config, scale, is_ragged=True, dropout=0.0, seed=None):
-    means = [moments.means(x.detach(), layout.key_index, layout.key_length) for x in (key, value)]
+    means = moments.means(key.detach(), value.detach(), layout.key_index, layout.key_length)
     is_adaptive = config.method == "adaptive"
     kind = config.resolved_residual if config.row_normalization == "adaptive" else config.row_normalization
     return ops.attend(

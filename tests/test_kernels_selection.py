@@ -42,11 +42,10 @@ class Case:
         self.prepare()
 
     def prepare(self):
-        index, length = self.layout.key_index, self.layout.key_length
-        self.means = [moments.means(x, index, length) for x in (self.key, self.value)]
+        self.means = moments.means(self.key, self.value, self.layout.key_index, self.layout.key_length)
 
     def adaptive(self, **options):
-        options = {"num_columns": 16, "num_strata": 4, **options}
+        options = {"num_columns": 16, "num_strata": 4, "room": self.num_blocks, **options}
         inputs = (self.query, self.key, self.value, *self.means, self.layout)
         return selection.adaptive(*inputs, scale=self.scale, blocks=self.num_blocks, **options)
 
@@ -63,6 +62,7 @@ class Case:
 
     def blocks(self, b, order):
         """The blocks of a sequence as the reference holds them."""
+        order = torch.where(order < 0, -1 - order, order)  # without the marks of exact rows
         order, length, count = self.ranks(b, order[b, :, : self.lengths[b]]), self.lengths[b], self.layout.blocks[b]
         bounds = torch.arange(count + 1, device=DEVICE) * length // count
         table, filled = reference_routing._segments(bounds[:-1], bounds[1:])
@@ -222,37 +222,59 @@ def test_columns_of_a_sequence_do_not_depend_on_the_batch_or_padding():
         getattr(together, x)[1][:, together.valid[1]] = getattr(alone, x)[0]
     together.prepare()
     a, b = alone.adaptive(exact_rows=1), together.adaptive(exact_rows=1)
-    assert (a.order[0] == together.ranks(1, b.order[1, :, :90])).all()
+    assert (a.order[0, :, :90] < 0).sum() == 2  # the exact row of each head is marked
+    assert (alone.blocks(0, a.order).index == together.blocks(1, b.order).index).all()
     assert (a.columns[0] == together.ranks(1, b.columns[1, :, : a.columns.shape[2]])).all()
     assert (a.stratum[0] == b.stratum[1][:, together.valid[1]]).all()
 
 
 def top(score, count, block_size=32):
-    """`top_columns` of given scores `[B, H, n]`."""
+    """`shared_columns` of given scores `[B, H, n]`."""
     batch, heads, n = score.shape
     case = Case((n,) * batch, heads=heads, p=16)
-    return columns.top_columns(None, case.key, score, score, count, 1.0, case.layout)[:, :, 0]
+    return columns.shared_columns(score, count, case.layout)[:, :, 0]
 
 
 def test_top_columns_of_given_scores(poisoned):
-    score = torch.randn(2, 2, 1500, device=DEVICE).exp()  # several chunks
+    score = torch.randn(2, 2, 5000, device=DEVICE).exp()  # several tiles
     found = top(score, 200).long()
     assert (found.diff(dim=-1) > 0).all()
     assert_highest(score, found, 2**-16)
 
 
 def test_ties_go_by_position_and_infinities_first():
-    score = torch.zeros(1, 4, 1100, device=DEVICE)
-    score[0, 1, 1090:] = 1.0
-    score[0, 2, [7, 1099]] = torch.inf
+    score = torch.zeros(1, 5, 2100, device=DEVICE)
+    score[0, 1, 2090:] = 1.0
+    score[0, 2, [7, 2099]] = torch.inf
     score[0, 2, :5] = -torch.inf
     score[0, 3] = torch.nan
     score[0, 3, 40] = torch.inf
+    score[0, 4, :2040] = -1.0  # ties on both sides of the end of a tile
     found = top(score, 20)[0].tolist()
     assert found[0] == list(range(20))
-    assert found[1] == [*range(10), *range(1090, 1100)]
-    assert found[2] == [*range(5, 24), 1099]
+    assert found[1] == [*range(10), *range(2090, 2100)]
+    assert found[2] == [*range(5, 24), 2099]
     assert found[3] == [*range(19), 40]
+    assert found[4] == list(range(2040, 2060))
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_scores_in_a_smaller_workspace_choose_the_same(parts, poisoned, monkeypatch):
+    case = Case((130,), heads=2, block_size=4, max_blocks=32)
+    covariance = torch.eye(24, device=DEVICE).expand(1, 2, -1, -1).contiguous()
+    means = strata.means(case.key, case.means[0], 70, case.layout)
+    inputs = (torch.randn(1, 2, 32, parts, 24, device=DEVICE), case.key, case.value, *case.means, covariance, means)
+
+    def choose():
+        return columns.block_columns(*inputs, 20, case.scale, 1, 32, case.layout)
+
+    assert columns.at_once(2, 32, 130) == (32, 2)
+    whole, stratum = choose()
+    assert torch.equal(stratum, strata.assign(case.key, case.means[0], 70, case.layout))
+    for workspace, at_once in ((4 * 130 * 32, (32, 1)), (1, (16, 1))):
+        monkeypatch.setattr(columns, "WORKSPACE", workspace)
+        assert columns.at_once(2, 32, 130) == at_once
+        assert all(torch.equal(x, y) for x, y in zip((whole, stratum), choose(), strict=True))
 
 
 def test_extreme_logits_do_not_make_columns_equal():
@@ -286,7 +308,9 @@ def test_draws_are_those_of_the_reference(seed, layer):
         for rows, theirs in zip(chosen.exact_rows[b], expected.exact_rows, strict=True):
             ours = case.ranks(b, rows[rows >= 0]).tolist()
             assert len(set(ours)) == len(ours) and set(ours) == set(theirs.tolist())
-    assert (chosen.order == case.layout.query_index[:, None]).all()
+    for order, rows, index in zip(chosen.order, chosen.exact_rows, case.layout.query_index, strict=True):
+        is_exact = (index[:, None, None] == rows).any(-1).T
+        assert (order == torch.where(is_exact, -1 - index, index)).all()
 
 
 def test_uniform_columns_are_those_of_the_reference():
@@ -298,7 +322,7 @@ def test_uniform_columns_are_those_of_the_reference():
     assert (chosen.columns[0] == expected.columns.sort(-1).values).all()
 
     numbers = random.random_key(5, 1)
-    score = columns.draw_scores(None, case.key, case.value, 2, 1.0, numbers, 0, case.layout)
+    score = columns.draw_scores(None, case.query, case.key, case.value, 1.0, numbers, 0, case.layout)
     noise = uniform(5, 1, torch.arange(2), COLUMN_STREAM, 120).to(DEVICE)
     torch.testing.assert_close(score[0].double(), -torch.log(-torch.log(noise)), rtol=1e-6, atol=1e-6)
 

@@ -95,17 +95,25 @@ def forward_kernel(
 @triton.jit
 def combine_kernel(
     p_part, p_part_lse, p_exact_rows, p_blocks, p_out, p_lse, out_stride_b, out_stride_h, out_stride_n,
-    n_q, H, R, CHUNKS, p: tl.constexpr, P: tl.constexpr, WEIGHTED: tl.constexpr,
+    n_q, H, R, CHUNKS, p: tl.constexpr, P: tl.constexpr, WEIGHTED: tl.constexpr, PLACED: tl.constexpr,
 ):  # fmt: skip
-    """One listed row, from its parts `[B, H, CHUNKS, R, p]`: their mean by mass, or (not WEIGHTED) their sum."""
+    """One listed row, from its parts `[B, H, CHUNKS, R, p]`: their mean by mass, or (not WEIGHTED) their sum.
+
+    To its position among all queries if it is to be PLACED; else to its place in the list, zeros for sequences that are
+    not sketched.
+    """
     i_r, i_bh = tl.program_id(0) % R, (tl.program_id(0) // R).to(tl.int64)
     i_b, i_h = i_bh // H, i_bh % H
-    row = tl.load(p_exact_rows + i_bh * R + i_r)
-    if (tl.load(p_blocks + i_b) > 0) & (row >= 0):
+    row, is_sketched = i_r, tl.load(p_blocks + i_b) > 0
+    is_stored = True
+    if PLACED:
+        row = tl.load(p_exact_rows + i_bh * R + i_r)
+        is_stored = is_sketched & (row >= 0)
+    if is_stored:
         o_p = tl.arange(0, P)
         b_max, b_mass = -1e38, 0.0
         b_out = tl.zeros([P], tl.float32)
-        for i_chunk in range(0, CHUNKS):
+        for i_chunk in range(0, tl.where(is_sketched, CHUNKS, 0)):
             i_part = (i_bh * CHUNKS + i_chunk) * R + i_r
             b_part = tl.load(p_part + i_part * p + o_p, mask=o_p < p, other=0.0)
             if WEIGHTED:
@@ -118,8 +126,9 @@ def combine_kernel(
             else:
                 b_out += b_part
         if WEIGHTED:
+            b_mass = tl.where(is_sketched, b_mass, 1.0)
             b_out /= b_mass
-            tl.store(p_lse + i_bh * n_q + row, b_max + tl.log2(b_mass))
+            tl.store(p_lse + i_bh * n_q + row, tl.where(is_sketched, b_max + tl.log2(b_mass), 0.0))
         p_row = p_out + i_b * out_stride_b + i_h * out_stride_h + row.to(tl.int64) * out_stride_n
         tl.store(p_row + o_p, b_out.to(p_out.dtype.element_ty), mask=o_p < p)
 
@@ -254,9 +263,8 @@ def listed_rows(
     base 2 of their mass; both float32, zeros for sequences that are not sketched. Otherwise as `forward`.
     """
     part, part_lse = _forward(query, key, value, positions, layout, scale, 0.0, layout.blocks, None)
-    out, lse = torch.zeros_like(part[:, :, 0]), torch.zeros_like(part_lse[:, :, 0])
-    every = torch.arange(positions.shape[-1], dtype=torch.int32, device=query.device).expand_as(positions)
-    _combine(part, part_lse, every.contiguous(), layout, out, lse)
+    out, lse = torch.empty_like(part[:, :, 0]), torch.empty_like(part_lse[:, :, 0])
+    _combine(part, part_lse, positions, layout, out, lse, placed=False)
     return out, lse
 
 
@@ -394,10 +402,18 @@ def _arguments(query, key, value, layout, exact_rows, listed: bool, rows: int, c
     return chunks, numbers, options
 
 
-def _combine(part: Tensor, part_lse: Tensor | None, exact_rows, layout: Layout, out: Tensor, lse: Tensor | None):
+def _combine(
+    part: Tensor,
+    part_lse: Tensor | None,
+    exact_rows,
+    layout: Layout,
+    out: Tensor,
+    lse: Tensor | None,
+    placed: bool = True,
+) -> None:
     batch, heads, chunks, rows, p = part.shape
     combine_kernel[(batch * heads * rows,)](
         part, part if part_lse is None else part_lse, exact_rows, layout.blocks, out, part if lse is None else lse,
         *out.stride()[:3], out.shape[2], heads, rows, chunks,
-        p=p, P=padded(p), WEIGHTED=part_lse is not None, num_warps=1,
+        p=p, P=padded(p), WEIGHTED=part_lse is not None, PLACED=placed, num_warps=1,
     )  # fmt: skip

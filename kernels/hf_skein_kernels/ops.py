@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import attention, moments, selection
 from . import exact_rows as exact
-from .layout import Layout, Selection, mark_exact, num_blocks, ragged
+from .layout import Layout, Selection, num_blocks, ragged
 from .residual import residual
 from .tiles import INTERPRETED
 
@@ -60,23 +60,21 @@ def select(
     """
     with _beside(query):
         layout = ragged(query_mask, key_mask, query, key, block_size, most_blocks, exact_length)
-        means = [moments.means(x, layout.key_index, layout.key_length) for x in (key, value)]
+        means = moments.means(key, value, layout.key_index, layout.key_length)
         if method == "adaptive":
-            blocks = num_blocks(query.shape[2], block_size, most_blocks)
             selected = selection.adaptive(
-                query, key, value, *means, layout, scale=scale, blocks=blocks, num_columns=num_columns,
-                num_strata=num_strata, num_pilots=num_pilots, exact_rows=exact_rows, uniform=uniform, seed=seed,
-                layer=layer,
+                query, key, value, *means, layout, scale=scale,
+                blocks=num_blocks(query.shape[2], block_size, most_blocks), room=_floor_power(most_blocks),
+                num_columns=num_columns, num_strata=num_strata, num_pilots=num_pilots, exact_rows=exact_rows,
+                uniform=uniform, seed=seed, layer=layer,
             )  # fmt: skip
-            room = _floor_power(most_blocks) - blocks
-            selected = selected._replace(columns=torch.nn.functional.pad(selected.columns, (0, 0, 0, room)))
         else:
             selected = selection.skeinformer(
                 query, key, value, means[0], layout, scale=scale, num_columns=num_columns, num_strata=num_strata,
                 num_pilots=num_pilots, pilot_reutilization=pilot_reutilization, uniform=uniform, seed=seed,
                 layer=layer,
             )  # fmt: skip
-        return [*means, *mark_exact(selected), *layout]
+        return [*means, *selected, *layout]
 
 
 @select.register_fake

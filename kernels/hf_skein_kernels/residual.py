@@ -47,18 +47,21 @@ class Residual(NamedTuple):
 
 @triton.jit
 def means_kernel(
-    p_x, p_mean, p_total, p_size, p_columns, p_stratum, p_blocks, p_out, p_count,
+    p_x, p_mean, p_centre, p_total, p_size, p_columns, p_stratum, p_length, p_blocks, p_out, p_count,
     stride_b, stride_h, stride_n, n, H, GROUP, G,
     p: tl.constexpr, C: tl.constexpr, D: tl.constexpr, BC: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
-    GEOMETRIC: tl.constexpr, PRECISION: tl.constexpr,
+    SUMMED: tl.constexpr, GEOMETRIC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Means of the strata without the columns of a block; with GEOMETRIC the mean of the columns instead."""
+    """Means of the strata without the columns of a block; with GEOMETRIC the mean of the columns instead.
+
+    If nothing was SUMMED, there is one stratum, whose sum follows from the mean.
+    """
     i_g, i_bh = tl.program_id(0) % G, (tl.program_id(0) // G).to(tl.int64)
     i_b, i_kv = i_bh // H, i_bh // H * (H // GROUP) + i_bh % H // GROUP
     if i_g >= tl.load(p_blocks + i_b):
         return
     o_c, o_p = tl.program_id(1) * BC + tl.arange(0, BC), tl.program_id(2) * BT + tl.arange(0, BT)
-    b_mean = tl.load(p_mean + i_kv * p + o_p, mask=o_p < p, other=0.0)
+    b_centre = tl.load(p_centre + i_kv * p + o_p, mask=o_p < p, other=0.0)
     b_sum, b_drawn = tl.zeros([BC, BT], tl.float32), tl.zeros([BC], tl.float32)
     for first in range(0, D, BN):
         o_d = first + tl.arange(0, BN)
@@ -66,16 +69,24 @@ def means_kernel(
         b_stratum = tl.load(p_stratum + i_kv * n + o_n, mask=o_d < D, other=-1)
         p_head = p_x + i_b * stride_b + (i_kv % (H // GROUP)) * stride_h
         # [BN, BT]
-        b_x = load_centred(p_head, stride_n, o_n, o_d < D, o_p, o_p < p, b_mean)
+        b_x = load_centred(p_head, stride_n, o_n, o_d < D, o_p, o_p < p, b_centre)
         b_members = (b_stratum[None, :] == o_c[:, None]).to(tl.float32).to(b_x.dtype)  # [BC, BN]
         b_sum = dot(b_members, b_x, b_sum, PRECISION)
         b_drawn += tl.sum(b_members.to(tl.float32), 1)
-    b_count = tl.load(p_size + i_kv * C + o_c, mask=o_c < C, other=0.0) - b_drawn
+    if SUMMED:
+        b_size = tl.load(p_size + i_kv * C + o_c, mask=o_c < C, other=0.0)
+    else:
+        b_size = tl.where(o_c < C, tl.load(p_length + i_b), 0).to(tl.float32)
+    b_count = b_size - b_drawn
     if GEOMETRIC:
         b_sum = b_sum / D
     else:
         # [BC, BT]
-        b_total = load_rows(p_total + i_kv * C * p, p, o_c, o_c < C, o_p, o_p < p)
+        if SUMMED:
+            b_total = load_rows(p_total + i_kv * C * p, p, o_c, o_c < C, o_p, o_p < p)
+        else:
+            b_mean = tl.load(p_mean + i_kv * p + o_p, mask=o_p < p, other=0.0)
+            b_total = b_size[:, None] * (b_mean - b_centre)[None, :]
         b_sum = tl.where(b_count[:, None] > 0, b_total - b_sum, 0.0) / tl.maximum(b_count, 1.0)[:, None]
     i_block = i_bh * G + i_g
     store_rows(p_out + i_block * C * p, p, o_c, o_c < C, o_p, o_p < p, b_sum)
@@ -156,16 +167,13 @@ def residual(
     if num_strata == 0:
         return out
     group = heads // key.shape[1]
+    totals = out  # not read where the sums are known
     if is_second_order:
         keys = layout.key_index, layout.key_length
         totals = moments.totals(key, value, *centres, selection.stratum, num_strata, *keys)
-    else:  # of one stratum the sums are known
-        size = layout.key_length[:, None, None].expand(-1, key.shape[1], 1).float()
-        sums = (size[..., None] * (mean - centre)[:, :, None] for mean, centre in zip(means, centres, strict=True))
-        totals = moments.Totals(*sums, size.contiguous(), out.metric, out.cross)
-    for x, centre, total, result, geometric in (
-        (value, centres[1], totals.value, out.value, False),
-        (key, centres[0], totals.key, out.key, kind == "geometric"),
+    for x, mean, centre, total, result, geometric in (
+        (value, means[1], centres[1], totals.value, out.value, False),
+        (key, means[0], centres[0], totals.key, out.key, kind == "geometric"),
     ):
         width = padded(x.shape[-1])
         c = config("blocks", width)
@@ -173,10 +181,10 @@ def residual(
         means_kernel[
             (batch * heads * blocks, triton.cdiv(num_strata, tile[0]), triton.cdiv(x.shape[-1], tile[1]))
         ](
-            x, centre, total, totals.size, selection.columns, selection.stratum, layout.blocks, result, out.count,
-            *x.stride()[:3], x.shape[2], heads, group, blocks,
-            p=x.shape[-1], C=num_strata, D=d, BC=tile[0], BT=tile[1], BN=c.keys, GEOMETRIC=geometric,
-            PRECISION=precision(x), num_warps=c.warps, num_stages=c.stages,
+            x, mean, centre, total, totals[2], selection.columns, selection.stratum, layout.key_length, layout.blocks,
+            result, out.count, *x.stride()[:3], x.shape[2], heads, group, blocks,
+            p=x.shape[-1], C=num_strata, D=d, BC=tile[0], BT=tile[1], BN=c.keys, SUMMED=is_second_order,
+            GEOMETRIC=geometric, PRECISION=precision(x), num_warps=c.warps, num_stages=c.stages,
         )  # fmt: skip
     if not is_second_order:
         return out

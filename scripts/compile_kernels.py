@@ -51,7 +51,7 @@ DOCUMENT = ROOT / "docs" / "kernels.md"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 # By dtype, heads that together take every configuration of `tiles.CONFIGS`: numbers of float32 count twice.
-HEAD_DIMS = {"bfloat16": (64, 128, 256), "float16": (64, 128, 256), "float32": (256,)}
+HEAD_DIMS = {"bfloat16": (64, 128, 256), "float16": (64, 128, 256), "float32": (64, 128, 256)}
 
 # Bytes that ptxas spills by choice, far below the limit of registers, so that more programs run side by side.
 _CHOSEN_SPILL = 16

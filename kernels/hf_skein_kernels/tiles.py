@@ -76,7 +76,7 @@ CONFIGS: dict[str, dict[int, Config]] = {
         512: Config(16, 16, 8, 1),
     },
     "score": {64: Config(0, 64, 8, 2), 128: Config(0, 32, 8, 2), 256: Config(0, 32, 8, 1), 512: Config(0, 16, 8, 1)},
-    "strata": {64: Config(0, 64, 8, 2), 128: Config(0, 16, 8, 2), 256: Config(0, 16, 8, 1), 512: Config(0, 16, 8, 1)},
+    "strata": {64: Config(0, 64, 4, 2), 128: Config(0, 16, 8, 2), 256: Config(0, 16, 8, 1), 512: Config(0, 16, 8, 1)},
     "exact": {
         64: Config(64, 64, 4, 2),
         128: Config(64, 32, 8, 2),

@@ -100,7 +100,12 @@ def adaptive(n: int, p: int, config: SkeinConfig) -> list[Stage]:
     level = 3 * 8 * n + 4 * n + (4 + 4 * COMPONENTS) * n / 5
     keys = SAMPLE["strata"] * c  # that k-means looks at
     return [
-        Stage("means of keys and values", 2 * rows + _parts(n, 2 * p), 0),
+        Stage(
+            "exact rows, and means of keys and values",
+            2 * rows + _parts(n, 2 * p + config.exact_rows * (p + 1)),
+            4 * n * p * max(TILE, config.exact_rows),
+            "attention",
+        ),
         Stage(
             "routing: coordinates",
             2 * sample + rows + 4 * COMPONENTS * n,
@@ -117,7 +122,6 @@ def adaptive(n: int, p: int, config: SkeinConfig) -> list[Stage]:
         Stage("columns", 4 * n * blocks + 4 * n + 4 * blocks * d, 0),
         _sums(n, p, c),
         *_attention(n, p, d + c, blocks, d, c),
-        Stage("exact rows", 2 * rows, 4 * n * p * config.exact_rows, "attention"),
     ]
 
 
@@ -126,8 +130,12 @@ def skeinformer(n: int, p: int, config: SkeinConfig) -> list[Stage]:
     d = config.num_columns
     rows = n * p * WIDTH
     return [
-        Stage("means of keys and values", 2 * rows + _parts(n, 2 * p), 0),
-        Stage("exact rows of the pilots", 2 * rows + _parts(n, d * (p + 1)), 4 * n * p * d, "attention"),
+        Stage(
+            "exact rows, and means of keys and values",
+            2 * rows + _parts(n, 2 * p + d * (p + 1)),
+            4 * n * p * d,
+            "attention",
+        ),
         Stage("scores by the pilots", 2 * rows + 4 * n, 2 * n * p * d),
         Stage("columns", 8 * n + 8 * n, 0),
         *_attention(n, p, d + 1, 1, d, 0),

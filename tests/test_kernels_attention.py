@@ -104,7 +104,7 @@ def reference(query, key, value, layout, selections, config, scale):
 
 
 def attend(query, key, value, layout, selection, config, scale, is_ragged=True, dropout=0.0, seed=None):
-    means = moments.means(key.detach(), value.detach(), layout.key_index, layout.key_length)
+    means = exact_rows.rows_and_means(query.detach(), key.detach(), value.detach(), 0, layout, scale)[:2]
     is_adaptive = config.method == "adaptive"
     kind = config.resolved_residual if config.row_normalization == "adaptive" else config.row_normalization
     return ops.attend(

@@ -233,7 +233,7 @@ def test_everything_is_launched_on_the_device_of_the_inputs(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "device_of", device_of)
     places = (
-        (ops, "ragged"), (ops.selection, "adaptive"), (ops.moments, "means"), (ops, "residual"),
+        (ops, "ragged"), (ops.selection, "adaptive"), (ops, "residual"),
         (ops.attention, "forward"), (ops.attention, "backward"), (ops.exact, "forward"), (ops.exact, "backward"),
     )  # fmt: skip
     for where, name in places:

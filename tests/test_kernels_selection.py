@@ -1,10 +1,12 @@
 """What the kernels select, against the reference in `hf_skein/sketch`: in Triton's interpreter, or on a GPU."""
 
+import math
+
 import pytest
 import torch
 
 from hf_skein import SkeinConfig
-from hf_skein.kernels import columns, moments, pilots, random, routing, selection, strata
+from hf_skein.kernels import columns, exact_rows, pilots, random, routing, selection, strata
 from hf_skein.kernels.layout import num_blocks, ragged
 from hf_skein.sketch import adaptive, skeinformer
 from hf_skein.sketch import columns as reference_columns
@@ -42,12 +44,12 @@ class Case:
         self.prepare()
 
     def prepare(self):
-        self.means = moments.means(self.key, self.value, self.layout.key_index, self.layout.key_length)
+        self.means = exact_rows.rows_and_means(self.query, self.key, self.value, 0, self.layout, 1.0)[:2]
 
     def adaptive(self, **options):
         options = {"num_columns": 16, "num_strata": 4, "room": self.num_blocks, **options}
-        inputs = (self.query, self.key, self.value, *self.means, self.layout)
-        return selection.adaptive(*inputs, scale=self.scale, blocks=self.num_blocks, **options)
+        inputs = (self.query, self.key, self.value, self.layout)
+        return selection.adaptive(*inputs, scale=self.scale, blocks=self.num_blocks, **options)[2]
 
     def sequence(self, b, dtype=torch.float64):
         """Valid queries, centred keys and values of all heads of a sequence."""
@@ -298,8 +300,8 @@ def test_extreme_logits_do_not_make_columns_equal():
 def test_draws_are_those_of_the_reference(seed, layer):
     case = Case((200, 77), heads=3, kv_heads=3)
     options = {"num_columns": 16, "num_strata": 1, "num_pilots": 20, "seed": seed, "layer": layer}
-    inputs = (case.query, case.key, case.value, case.means[0], case.layout)
-    chosen = selection.skeinformer(*inputs, scale=case.scale, **options)
+    inputs = (case.query, case.key, case.value, case.layout)
+    chosen = selection.skeinformer(*inputs, scale=case.scale, **options)[2]
     config = SkeinConfig(method="skeinformer", num_columns=16, num_pilots=20, seed=seed)
     for b in range(2):
         heads = torch.arange(3, device=DEVICE)
@@ -329,10 +331,29 @@ def test_uniform_columns_are_those_of_the_reference():
 
 def test_pilots_without_reutilization_are_no_exact_rows():
     case = Case((40,))
-    inputs = (case.query, case.key, case.value, case.means[0], case.layout)
+    inputs = (case.query, case.key, case.value, case.layout)
     options = {"num_columns": 8, "num_strata": 1, "num_pilots": 5}
-    chosen = selection.skeinformer(*inputs, scale=1.0, pilot_reutilization=False, uniform=True, **options)
+    chosen = selection.skeinformer(*inputs, scale=1.0, pilot_reutilization=False, uniform=True, **options)[2]
     assert chosen.exact_rows.shape == (1, 2, 0)
+
+
+@pytest.mark.parametrize("rows", [0, 3, torch.tensor([5, 0, 5])])
+def test_exact_rows_and_means_in_one_pass(rows, poisoned):
+    case = Case((1100, 2, 40), heads=4, kv_heads=2, p=16, pv=20)  # two chunks; too short to be sketched; one chunk
+    given = rows
+    if isinstance(rows, torch.Tensor):
+        given = case.layout.query_index[:, None, rows].expand(-1, 4, -1).contiguous()
+    found = exact_rows.rows_and_means(case.query, case.key, case.value, given, case.layout, case.scale)
+    assert all((x[1] == 0).all() for x in found)
+    for b in (0, 2):
+        query, key, value = (x[b][:, case.valid[b]].double() for x in (case.query, case.key, case.value))
+        query = query[:, rows] if isinstance(rows, torch.Tensor) else query[:, :rows]
+        logits = case.scale * query @ key.repeat_interleave(2, 0).mT
+        expected = (
+            key.mean(1), value.mean(1), logits.softmax(-1) @ value.repeat_interleave(2, 0),
+            logits.logsumexp(-1) / math.log(2),
+        )  # fmt: skip
+        torch.testing.assert_close(tuple(x[b].double() for x in found), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("biased", [False, True])

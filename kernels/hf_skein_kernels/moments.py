@@ -1,6 +1,6 @@
-"""Sums over all valid keys of a sequence: means; totals per stratum, and products of keys with keys and with values.
+"""Sums over all valid keys of a sequence: totals per stratum, and products of keys with keys and with values.
 
-All are made chunk by chunk and added in one order: no float atomics, the same bits in every run.
+They are made chunk by chunk and added in one order: no float atomics, the same bits in every run.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tiles import config, dot, load_centred, load_rows, padded, precision, store_rows
+from .tiles import config, dot, load_centred, padded, precision, store_rows
 
 
 CHUNK = 1024  # keys
@@ -39,33 +39,6 @@ class Totals(NamedTuple):
 
 
 # --- kernels ---
-
-
-@triton.jit
-def mean_kernel(
-    p_key, p_value, p_index, p_length, p_key_mean, p_value_mean,
-    key_stride_b, key_stride_h, key_stride_n, value_stride_b, value_stride_h, value_stride_n, n, HEADS, CHUNKS, PART,
-    p: tl.constexpr, pv: tl.constexpr, P: tl.constexpr, PV: tl.constexpr, CHUNK: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    """What a chunk gives to the means."""
-    i_chunk, i_bh = tl.program_id(0) % CHUNKS, (tl.program_id(0) // CHUNKS).to(tl.int64)
-    i_b, i_h = i_bh // HEADS, i_bh % HEADS
-    length = tl.load(p_length + i_b)
-    o_p, o_v = tl.arange(0, P), tl.arange(0, PV)
-    b_key, b_value = tl.zeros([P], tl.float32), tl.zeros([PV], tl.float32)
-    for first in range(i_chunk * CHUNK, tl.minimum(i_chunk * CHUNK + CHUNK, length), BN):
-        o_rank = first + tl.arange(0, BN)
-        m_rank = o_rank < length
-        o_n = tl.load(p_index + i_b * n + o_rank, mask=m_rank, other=0)
-        # [BN, P], [BN, PV]
-        b_x = load_rows(p_key + i_b * key_stride_b + i_h * key_stride_h, key_stride_n, o_n, m_rank, o_p, o_p < p)
-        b_key += tl.sum(b_x.to(tl.float32), 0)
-        p_head = p_value + i_b * value_stride_b + i_h * value_stride_h
-        b_x = load_rows(p_head, value_stride_n, o_n, m_rank, o_v, o_v < pv)
-        b_value += tl.sum(b_x.to(tl.float32), 0)
-    length = tl.maximum(length, 1).to(tl.float32)
-    tl.store(p_key_mean + i_chunk.to(tl.int64) * PART + i_bh * p + o_p, b_key / length, mask=o_p < p)
-    tl.store(p_value_mean + i_chunk.to(tl.int64) * PART + i_bh * pv + o_v, b_value / length, mask=o_v < pv)
 
 
 @triton.jit
@@ -127,30 +100,6 @@ def add_kernel(p_parts, p_out, PARTS, SIZE, BN: tl.constexpr):
 # --- launchers ---
 
 
-def means(key: Tensor, value: Tensor, index: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean over the valid rows of every head; zero where there is none.
-
-    Args:
-        key: `[B, HK, n, p]`, last stride 1.
-        value: `[B, HK, n, pv]`, last stride 1.
-        index: `[B, n]` int32, valid positions first.
-        length: `[B]` int32.
-
-    Returns:
-        `[B, HK, p]` and `[B, HK, pv]`, float32.
-    """
-    batch, heads, n, p = key.shape
-    pv, chunks = value.shape[-1], triton.cdiv(n, CHUNK)
-    parts, views = _parts(key, chunks, [(batch, heads, p), (batch, heads, pv)])
-    c = config("moments", padded(p), padded(pv))
-    mean_kernel[(batch * heads * chunks,)](
-        key, value, index, length, *views(parts[0]), *key.stride()[:3], *value.stride()[:3], n, heads, chunks,
-        parts.shape[1], p=p, pv=pv, P=padded(p), PV=padded(pv), CHUNK=CHUNK, BN=c.keys, num_warps=c.warps,
-    )  # fmt: skip
-    key_mean, value_mean = views(_added(parts))
-    return key_mean, value_mean.clone()  # results of an operator share no memory
-
-
 def totals(
     key: Tensor,
     value: Tensor,
@@ -176,7 +125,7 @@ def totals(
     batch, heads, n, p = key.shape
     pv, chunks = value.shape[-1], triton.cdiv(n, CHUNK)
     shapes = (num_strata, p), (num_strata, pv), (num_strata,), (p, p), (p, pv)
-    parts, views = _parts(key, chunks, [(batch, heads, *shape) for shape in shapes])
+    parts, views = room_for_parts(key, chunks, [(batch, heads, *shape) for shape in shapes])
     c = config("totals", padded(p), padded(pv), like=key)
     tiles = tuple(min(c.rows, padded(x)) for x in (num_strata, p, pv))
     rows, columns = (max(triton.cdiv(x, c.rows) for x in some) for some in ((num_strata, p), (p, pv)))
@@ -186,10 +135,12 @@ def totals(
         p=p, pv=pv, C=num_strata, BC=tiles[0], BP=tiles[1], BV=tiles[2], CHUNK=CHUNK, BN=c.keys,
         PRECISION=precision(key), num_warps=c.warps, num_stages=c.stages,
     )  # fmt: skip
-    return Totals(*views(_added(parts)))
+    return Totals(*views(add_parts(parts)))
 
 
-def _parts(like: Tensor, count: int, shapes: list[tuple[int, ...]]) -> tuple[Tensor, Callable[[Tensor], list[Tensor]]]:
+def room_for_parts(
+    like: Tensor, count: int, shapes: list[tuple[int, ...]]
+) -> tuple[Tensor, Callable[[Tensor], list[Tensor]]]:
     """Room for `count` parts of several results, `[count, size]` float32, and what makes one part their views."""
     sizes = [math.prod(shape) for shape in shapes]
     room = [-(-size // 4) * 4 for size in sizes]  # all begin at multiples of 16 bytes
@@ -200,7 +151,8 @@ def _parts(like: Tensor, count: int, shapes: list[tuple[int, ...]]) -> tuple[Ten
     return like.new_empty(count, sum(room), dtype=torch.float32), views
 
 
-def _added(parts: Tensor) -> Tensor:
+def add_parts(parts: Tensor) -> Tensor:
+    """The sum `[size]` of all parts `[count, size]`."""
     count, size = parts.shape
     if count == 1:
         return parts[0]

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from . import attention, moments, selection
+from . import attention, selection
 from . import exact_rows as exact
 from .layout import Layout, Selection, num_blocks, ragged
 from .residual import residual
@@ -60,21 +60,20 @@ def select(
     """
     with _beside(query):
         layout = ragged(query_mask, key_mask, query, key, block_size, most_blocks, exact_length)
-        means = moments.means(key, value, layout.key_index, layout.key_length)
         if method == "adaptive":
-            selected = selection.adaptive(
-                query, key, value, *means, layout, scale=scale,
+            key_mean, value_mean, selected = selection.adaptive(
+                query, key, value, layout, scale=scale,
                 blocks=num_blocks(query.shape[2], block_size, most_blocks), room=_floor_power(most_blocks),
                 num_columns=num_columns, num_strata=num_strata, num_pilots=num_pilots, exact_rows=exact_rows,
                 uniform=uniform, seed=seed, layer=layer,
             )  # fmt: skip
         else:
-            selected = selection.skeinformer(
-                query, key, value, means[0], layout, scale=scale, num_columns=num_columns, num_strata=num_strata,
+            key_mean, value_mean, selected = selection.skeinformer(
+                query, key, value, layout, scale=scale, num_columns=num_columns, num_strata=num_strata,
                 num_pilots=num_pilots, pilot_reutilization=pilot_reutilization, uniform=uniform, seed=seed,
                 layer=layer,
             )  # fmt: skip
-        return [*means, *selected, *layout]
+        return [key_mean, value_mean, *selected, *layout]
 
 
 @select.register_fake
@@ -85,10 +84,9 @@ def _(
     batch, heads, n_q, p = query.shape
     kv_heads, n_k, pv = value.shape[1:]
     if method == "adaptive":
-        exact_rows, reused = min(exact_rows, n_q), 0
+        exact_rows = min(exact_rows, n_q)
     else:
         exact_rows = num_pilots if pilot_reutilization else 0
-        reused = 0 if uniform else exact_rows
 
     def empty(dtype: torch.dtype, *shapes: tuple[int, ...]) -> list[Tensor]:
         return [query.new_empty(batch, *shape, dtype=dtype) for shape in shapes]
@@ -97,7 +95,7 @@ def _(
     return [
         *empty(torch.float32, (kv_heads, p), (kv_heads, pv)),
         *empty(torch.int32, *positions),
-        *empty(torch.float32, (heads, reused, pv), (heads, reused)),
+        *empty(torch.float32, (heads, exact_rows, pv), (heads, exact_rows)),
         *empty(torch.int32, (n_q,), (), (n_k,), (), ()),
     ]
 

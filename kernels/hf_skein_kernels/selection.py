@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
 from . import exact_rows as exact
@@ -24,8 +23,6 @@ def adaptive(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    key_mean: Tensor,
-    value_mean: Tensor,
     layout: Layout,
     *,
     scale: float,
@@ -38,15 +35,13 @@ def adaptive(
     uniform: bool = False,
     seed: int = 0,
     layer: int = 0,
-) -> Selection:
+) -> tuple[Tensor, Tensor, Selection]:
     """Routed blocks, each with the columns that its pilots and the values make matter; `sketch.adaptive.select`.
 
     Args:
         query: `[B, H, n_q, p]`, last stride 1.
         key: `[B, HK, n_k, p]`, last stride 1.
         value: `[B, HK, n_k, pv]`, last stride 1.
-        key_mean: `[B, HK, p]` float32, over the valid keys.
-        value_mean: `[B, HK, pv]` float32, likewise.
         layout: Where the valid tokens are, and how many blocks they make.
         scale: Multiplies the logits.
         blocks: Most blocks of a sequence of the padded length, a power of two.
@@ -60,8 +55,9 @@ def adaptive(
         layer: Likewise.
 
     Returns:
-        The selection.
+        The means of keys `[B, HK, p]` and of values `[B, HK, pv]`, float32; and the selection.
     """
+    key_mean, value_mean, *exact_results = exact.rows_and_means(query, key, value, exact_rows, layout, scale)
     order = route(query, key, blocks, layout)
     if uniform:
         score = draw_scores(None, query, key, value, scale, random_key(seed, layer), exact_rows, layout)
@@ -77,14 +73,13 @@ def adaptive(
             pilots, key, value, key_mean, value_mean, spread, means, num_columns, scale, exact_rows, room, layout
         )
     order, rows = mark_exact(order, exact_rows, layout)
-    return Selection(order, columns, rows, stratum, *_no_rows(query, value))
+    return key_mean, value_mean, Selection(order, columns, rows, stratum, *exact_results)
 
 
 def skeinformer(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    key_mean: Tensor,
     layout: Layout,
     *,
     scale: float,
@@ -95,7 +90,7 @@ def skeinformer(
     uniform: bool = False,
     seed: int = 0,
     layer: int = 0,
-) -> Selection:
+) -> tuple[Tensor, Tensor, Selection]:
     """Steps 1 to 3 of Algorithm 1 of the paper, with the random numbers of `sketch.skeinformer.select`; one block.
 
     Args:
@@ -103,15 +98,15 @@ def skeinformer(
         pilot_reutilization: Whether these are exact rows.
         uniform: Draw all columns with the same probability.
 
-    The others are those of `adaptive`.
+    The others, and the result, are those of `adaptive`.
     """
     numbers = random_key(seed, layer)
     positions, distinct = random_rows(query, num_pilots, numbers, layout)
-    exact_output, exact_lse = _no_rows(query, value)
+    rows = positions if pilot_reutilization else 0
+    key_mean, value_mean, exact_output, exact_lse = exact.rows_and_means(query, key, value, rows, layout, scale)
     if uniform:
         looked_at = None
-    elif pilot_reutilization:  # one pass gives their result, and their mass
-        exact_output, exact_lse = exact.listed_rows(query, key, value, positions, layout, scale)
+    elif pilot_reutilization:
         looked_at = positions, exact_lse
     else:
         pilots = query.gather(2, positions.long()[..., None].expand(-1, -1, -1, query.shape[-1]))
@@ -119,9 +114,5 @@ def skeinformer(
     score = draw_scores(looked_at, query, key, value, scale, numbers, 0, layout)
     columns = shared_columns(score, num_columns, layout)
     order, rows = mark_exact(route(query, key, 1, layout), distinct if pilot_reutilization else 0, layout)
-    return Selection(order, columns, rows, strata.assign(key, key_mean, num_strata, layout), exact_output, exact_lse)
-
-
-def _no_rows(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    out = query.new_empty(*query.shape[:2], 0, value.shape[-1], dtype=torch.float32)
-    return out, out.new_empty(out.shape[:-1])
+    stratum = strata.assign(key, key_mean, num_strata, layout)
+    return key_mean, value_mean, Selection(order, columns, rows, stratum, exact_output, exact_lse)

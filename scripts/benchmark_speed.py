@@ -7,6 +7,9 @@ check against the float64 reference, outputs and gradients, runs before anything
 
     python scripts/benchmark_speed.py --text text.txt --output benchmarks/results/speed_cpu
     python scripts/benchmark_speed.py --text text.txt --output runs/front --settings front --lengths 4096 --head-dim 64
+    python scripts/benchmark_speed.py --text text.txt --output benchmarks/results/speed_cuda --device cuda \
+        --dtype bfloat16 --head-dim 64 --lengths 4096 16384 65536 --copies 8 4 1 --max-exact 65536 \
+        --max-exact-backward 65536 --cuda-graphs
 
 A length that is done is kept; the same command again continues after an interruption.
 """
@@ -46,6 +49,7 @@ from _benchmark import (
 from _record import ResumableRecord
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import flex_attention
 
 from hf_skein import SkeinConfig
 
@@ -126,26 +130,43 @@ def skein(config: SkeinConfig, inputs: LayerInputs, layer: int) -> Tensor:
     return sketch(inputs, config, layer)
 
 
+def copied(inputs: LayerInputs, copies: int) -> LayerInputs:
+    """The heads so many times over: as much work as a batch of so many sequences."""
+    return LayerInputs(*(as_transformers_passes(x.repeat(copies, 1, 1)) for x in inputs[:3]), inputs.scale)
+
+
+def flex(inputs: LayerInputs, layer: int) -> Tensor:
+    """PyTorch's flex_attention, compiled; arguments and result as of `skein`."""
+    query, key, value = (x[None] for x in inputs[:3])
+    return _compiled_flex_attention()(query, key, value, scale=inputs.scale)[0]
+
+
+@functools.cache
+def _compiled_flex_attention() -> Callable[..., Tensor]:
+    return torch.compile(flex_attention)
+
+
 def exact_calls(args: argparse.Namespace, inputs: LayerInputs) -> dict[str, Attention]:
-    """Exact attention as PyTorch chooses and, on CUDA, by each backend that takes the inputs."""
+    """Exact attention as PyTorch chooses and, on CUDA, by each backend that takes the inputs and by flex_attention."""
     calls: dict[str, Attention] = {EXACT: functools.partial(exact, None)}
     if torch.device(args.device).type == "cpu":
         return calls
     few = LayerInputs(*(x[:, :64] for x in inputs[:3]), inputs.scale)
-    for name, backend in CUDA_BACKENDS.items():
+    others = {name: functools.partial(exact, backend) for name, backend in CUDA_BACKENDS.items()}
+    for name, call in (others | {"exact (flex)": flex}).items():
         try:
-            exact(backend, few, 0)
-        except RuntimeError:  # what PyTorch raises where a backend does not take a dtype or a device
-            print(f"{name} is not available in {args.dtype}.")
+            call(few, 0)
+        except RuntimeError as error:  # what PyTorch raises where a backend does not take a dtype or a device
+            print(f"{name} is not available in {args.dtype}: {str(error).splitlines()[0]}")
         else:
-            calls[name] = functools.partial(exact, backend)
+            calls[name] = call
     return calls
 
 
-def measure(args: argparse.Namespace, methods: dict[str, SkeinConfig], length: int) -> list[dict[str, Any]]:
+def measure(args: argparse.Namespace, methods: dict[str, SkeinConfig], length: int, copies: int) -> list[dict]:
     """One row per method: seconds and memory of each pass, how many times faster than exact, and the error."""
     layers = layer_inputs(args, length)
-    timed = layers[args.timed_layer]
+    timed = copied(layers[args.timed_layer], copies)
     exact_ones = exact_calls(args, timed)
     calls = exact_ones | {name: functools.partial(skein, config) for name, config in methods.items()}
     costs = {}
@@ -163,7 +184,7 @@ def measure(args: argparse.Namespace, methods: dict[str, SkeinConfig], length: i
             functions |= {
                 (name, "float32"): functools.partial(run, calls[name], wide, args.timed_layer) for name in methods
             }
-        costs[what] = compare_costs(functions, args.repeats, args.device, f"{length} tokens, {what}")
+        costs[what] = compare_costs(functions, args.repeats, args.device, f"{length} tokens, {what}", args.cuda_graphs)
 
     rows = None
     if length > args.max_exact:
@@ -174,6 +195,7 @@ def measure(args: argparse.Namespace, methods: dict[str, SkeinConfig], length: i
     for name in calls:
         row = {"n": length, "method": name, "error": sum(found[name]) / len(found[name]), "layer_errors": found[name]}
         row["error_rows"] = length if rows is None else len(rows)
+        row["heads"] = len(timed.query)
         for what in PASSES:
             if name in costs[what]:
                 row |= costs[what][name].row(what)
@@ -304,8 +326,17 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--max-exact", type=int, default=16384, metavar="N", help="default %(default)s tokens")
     parser.add_argument("--max-exact-backward", type=int, default=8192, metavar="N", help="default %(default)s tokens")
     parser.add_argument("--front-length", type=int, default=4096, metavar="N", help="of the plot of error against time")
+    parser.add_argument(
+        "--copies", type=int, nargs="+", metavar="N", help="heads so many times over, for each length (default: once)"
+    )
+    parser.add_argument("--cuda-graphs", action="store_true", help="time CUDA graphs, without the cost of launches")
     args = parser.parse_args(argv)
-    args.lengths.sort()
+    args.copies = args.copies or [1] * len(args.lengths)
+    if len(args.copies) != len(args.lengths) or min(args.copies) < 1:
+        parser.error(f"--copies needs one number, at least 1, for each of the {len(args.lengths)} lengths.")
+    if args.cuda_graphs and torch.device(args.device).type != "cuda":
+        parser.error(f"--cuda-graphs needs --device cuda; it is {args.device}.")
+    args.lengths, args.copies = map(list, zip(*sorted(zip(args.lengths, args.copies, strict=True)), strict=True))
     args.timed_layer = sorted(args.layers)[len(args.layers) // 2]
 
     methods = make_methods(args)
@@ -315,9 +346,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     heads, _, p = layer_inputs(args, 16)[args.timed_layer].query.shape
     header |= {"shape": {"batch": 1, "heads": heads, "p": p}}
     header |= {"methods": {name: config.to_dict() for name, config in methods.items()}}
-    record = ResumableRecord(args.output, header, ("lengths", "front_length"))
-    for length in args.lengths:
-        print_rows(record.part(str(length), functools.partial(measure, args, methods, length)))
+    record = ResumableRecord(args.output, header, ("lengths", "copies", "front_length"))
+    for length, copies in zip(args.lengths, args.copies, strict=True):
+        name = f"{length} x {copies}" if copies > 1 else str(length)
+        print_rows(record.part(name, functools.partial(measure, args, methods, length, copies)))
     factors = growth(record.rows)
     print_growth(factors)
     result = record.finish(growth=factors)

@@ -10,6 +10,7 @@ import triton.language as tl
 from test_attention import error, exact
 from test_registration import TINY
 from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModel, BertConfig
 
 import hf_skein
@@ -242,6 +243,34 @@ def test_everything_is_launched_on_the_device_of_the_inputs(monkeypatch):
     skein_attention(query, key, value, config=SkeinConfig(**SMALL)).sum().backward()
     assert {name for name, _ in launches} == {name for _, name in places}
     assert all(is_guarded for _, is_guarded in launches), launches
+
+
+class Launches(TorchDispatchMode):
+    """Counts PyTorch's operators that do work."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function._schema.name
+        self.count += not (function.is_view or any(word in name for word in ("empty", "split", "fill_")))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("method", ["adaptive", "skeinformer"])
+def test_few_kernels_are_launched(method, monkeypatch):
+    """As many as the documentation says, at the default sizes of the selection."""
+    for name in ("select", "attend"):  # what an operator does within is hidden from the mode
+        monkeypatch.setattr(ops, name, getattr(ops, name)._init_fn)
+    kernel, run = type(ops.attention.forward_kernel), []
+    monkeypatch.setattr(kernel, "run", lambda self, *args, **kwargs: run.append(self))
+    # Nothing is computed, but positions are looked up.
+    monkeypatch.setattr(torch, "empty", lambda *args, empty=torch.empty, **kwargs: empty(*args, **kwargs).fill_(0))
+    query, key, value = inputs(1100, heads=1)
+    options = {"num_pilots": 128, "kind": "geometric"} if method == "skeinformer" else {}
+    with Launches() as others:
+        ops.skein_attention(query, key, value, method=method, block_size=64, max_blocks=16, **options)
+    text = (Path(__file__).parents[1] / "docs" / "kernels.md").read_text()
+    assert f"`{method}` {len(run)} launches of kernels and {others.count} of PyTorch" in " ".join(text.split())
 
 
 def test_a_graph_that_is_captured_does_not_wait_for_the_mask(monkeypatch):

@@ -581,7 +581,7 @@ def backward(
         )  # fmt: skip
 
     def over_blocks(x: Tensor) -> Tensor:  # [B, H, G, ...] to [B, HK, ...], in one order
-        return x.sum(2).unflatten(1, (kv_heads, group)).sum(2)
+        return x.unflatten(1, (kv_heads, group)).flatten(2, 3).sum(2)
 
     total_key, total_value = (over_blocks(x) for x in grad_means)
     if geometric:

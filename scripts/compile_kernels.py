@@ -194,25 +194,16 @@ def _run(*command: Any) -> str:
     return done.stdout + done.stderr
 
 
-def describe(name: str, kernel: Any) -> dict[str, Any]:
-    constants = {kernel.src.fn.arg_names[path[0]]: value for path, value in kernel.src.constants.items()}
-    return {
-        "kernel": name,
-        "warps": kernel.metadata.num_warps,
-        "stages": kernel.metadata.num_stages,
-        "constants": ", ".join(f"{k}={v}" for k, v in constants.items() if v is not None),
-    }
-
-
 def compile_part(
     dtype: str, head_dim: int, target: str, variants: Collection[str], only: Collection[str] = ()
 ) -> list[dict]:
-    """One row per kernel and specialisation, with the first variant that launches it.
+    """One row per kernel and configuration, with the most that any of its specialisations takes.
 
     Raises:
         triton.CompilationError: A kernel does not build (or another of Triton's errors).
     """
-    rows, seen = [], set()
+    rows: dict[tuple, dict] = {}
+    seen = set()
     for variant in variants:
         with compiling(target, only) as compiled:
             launch(dtype, head_dim, **VARIANTS[variant])
@@ -220,11 +211,14 @@ def compile_part(
             if kernel.hash in seen:
                 continue
             seen.add(kernel.hash)
-            used = resources(kernel)
-            fits = used["shared_bytes"] <= TARGETS[target].shared
-            where = {"target": target, "dtype": dtype, "head_dim": head_dim, "variant": variant}
-            rows.append({**where, **describe(name, kernel), **used, "fits": fits})
-    return rows
+            options = {"warps": kernel.metadata.num_warps, "stages": kernel.metadata.num_stages}
+            row = {"target": target, "dtype": dtype, "head_dim": head_dim, "kernel": name, **options}
+            row = rows.setdefault((name, *options.values()), {**row, "specialisations": 0})
+            row["specialisations"] += 1
+            for resource, used in resources(kernel).items():
+                row[resource] = max(used, row.get(resource, 0))
+            row["fits"] = row["shared_bytes"] <= TARGETS[target].shared
+    return list(rows.values())
 
 
 def problems(rows: list[dict]) -> list[str]:
@@ -240,7 +234,7 @@ def problems(rows: list[dict]) -> list[str]:
 
 
 def table(rows: list[dict], dtype: str = "bfloat16") -> str:
-    """Markdown: for each kernel and head dimension the most that any of its variants takes, by target."""
+    """Markdown: for each kernel and head dimension the most that it takes, by target."""
     targets = list(dict.fromkeys(row["target"] for row in rows))
     cells: dict[tuple, dict[str, list]] = {}
     for row in rows:

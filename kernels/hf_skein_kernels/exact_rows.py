@@ -107,11 +107,11 @@ def forward_kernel(
         tl.store(p_lse + i_bh * n_q + o_row, b_lse, mask=m_row)
     if MEANS:  # noqa: SIM102
         if gives_means:
-            i_kv, length = i_bh // GROUP, tl.maximum(length, 1).to(tl.float32)  # H is GROUP times the key heads
+            i_kv, size = i_bh // GROUP, tl.maximum(length, 1).to(tl.float32)  # H is GROUP times the key heads
             p_part = p_key_mean + i_chunk.to(tl.int64) * PART + i_kv * p
-            tl.store(p_part + o_p, b_key_mean / length, mask=m_p)
+            tl.store(p_part + o_p, b_key_mean / size, mask=m_p)
             p_part = p_value_mean + i_chunk.to(tl.int64) * PART + i_kv * pv
-            tl.store(p_part + o_v, b_value_mean / length, mask=m_v)
+            tl.store(p_part + o_v, b_value_mean / size, mask=m_v)
 
 
 @triton.jit
@@ -390,7 +390,7 @@ def backward(
     batch, heads, n_q, p = query.shape
     kv_heads, n_k, pv = value.shape[1:]
     grads = tuple(query.new_empty(batch, kv_heads, n_k, x, dtype=torch.float32) for x in (p, pv))
-    c = config("backward_keys", padded(p), padded(pv), like=query, dropout=dropout)
+    c = config("exact_keys", padded(p), padded(pv), like=query, dropout=dropout)
     tiles = triton.cdiv(n_k, c.rows)
     backward_keys_kernel[(tiles * batch * kv_heads,)](
         query, key, value, grad, lse, mu, exact_rows,

@@ -83,6 +83,12 @@ CONFIGS: dict[str, dict[int, Config]] = {
         256: Config(32, 32, 8, 1),
         512: Config(16, 16, 8, 1),
     },
+    "exact_keys": {
+        64: Config(64, 32, 8, 2),
+        128: Config(64, 16, 8, 2),
+        256: Config(32, 16, 8, 1),
+        512: Config(16, 16, 8, 1),
+    },
 }
 
 

@@ -257,7 +257,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bfloat16", "float32", "float32 with TF32"])
     parser.add_argument("--head-dim", nargs="+", type=int, default=HEAD_DIMS)
     parser.add_argument("--variant", nargs="+", choices=VARIANTS, default=list(VARIANTS))
-    parser.add_argument("--kernel", nargs="+", default=(), help="only these, as file.name, such as columns.select")
+    parser.add_argument("--kernel", nargs="+", default=(), help="only these, as file.name, such as columns.top")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--output", type=Path, default=RECORD)
     parser.add_argument("--table", action="store_true", help="write the table of docs/kernels.md from the record")

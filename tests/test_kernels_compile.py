@@ -30,7 +30,7 @@ def run(*arguments):
 
 def test_kernels_compile_without_a_gpu(tmp_path):
     output = tmp_path / "record.json"
-    kernels = ["columns.select", "routing.split", "attention.forward"]
+    kernels = ["columns.top", "routing.split", "attention.forward"]
     options = ["--target", "sm_90", "gfx942", "--dtype", "float16", "--head-dim", "64", "--variant", "adaptive"]
     done = run(*options, "--kernel", *kernels, "--output", str(output))
     record = json.loads(output.read_text())

@@ -116,6 +116,29 @@ def test_a_mask_may_be_a_transposed_view(poisoned):
     assert torch.equal(output, skein_attention(query, key, value, mask.contiguous(), config=config))
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32, torch.uint8])
+def test_a_mask_may_have_another_dtype(dtype, poisoned):
+    query, key, value = inputs(60, batch=2)
+    mask = torch.rand(2, 60, device=DEVICE) < 0.7
+    output = ops.skein_attention(query, key, value, 3 * mask.to(dtype), num_columns=16, exact_length=16)
+    assert torch.equal(output, ops.skein_attention(query, key, value, mask, num_columns=16, exact_length=16))
+
+
+@pytest.mark.parametrize(
+    "options", [{"exact_rows": 0, "block_size": 64}, {"method": "skeinformer", "pilot_reutilization": False}]
+)
+def test_one_head_without_exact_rows(options, poisoned):
+    """Where the order of the queries is that of the layout, the operator must not return it twice."""
+    query, key, value = inputs(40, heads=1)
+    output = ops.skein_attention(query, key, value, num_columns=16, exact_length=16, **options)
+    assert error(output, exact(query, key, value)) < 0.5
+
+
+def test_without_keys_rows_are_zero():
+    query, key, value = inputs(5, 1)
+    assert torch.equal(ops.skein_attention(query, key[:, :, :0], value[:, :, :0]), torch.zeros_like(query))
+
+
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [

@@ -185,6 +185,13 @@ def test_strata_of_identical_keys():
     assert (strata.assign(case.key, case.means[0], 4, case.layout) == 0).all()
 
 
+def test_a_broken_key_has_a_stratum_that_exists():
+    case = Case((70,), heads=1)
+    case.key[:, :, 4:9] = torch.tensor([1e20, -1e20, torch.inf, torch.nan, 3e38])[:, None]
+    stratum = strata.assign(case.key, torch.zeros_like(case.means[0]), 3, case.layout)
+    assert ((stratum >= 0) & (stratum < 3)).all()
+
+
 # --- columns ---
 
 

@@ -17,13 +17,14 @@ import triton.language as tl
 from torch import Tensor
 
 from .layout import Layout
-from .pilots import PIECE, log_sum_exp
+from .pilots import PIECE
 from .random import COLUMN_STREAM, gumbel, uniform
 from .strata import means_tile, nearest_stratum
 from .tiles import LOG2_E, bin_of_rank, config, dot, load_rows, padded, precision
 
 
-WORKSPACE = 2**26  # bytes; but at least the scores of one tile of blocks
+WORKSPACE = 2**28  # bytes; but at least the scores of one tile of blocks
+_PIECE = 512  # keys of one program
 _BLOCKS = 16  # of one tile of scores: tensor cores take no fewer
 _TILE = 2048  # scores of a block that are looked at together
 
@@ -39,22 +40,24 @@ def log_norm(b_v):
 
 @triton.jit
 def spread_along(
-    p_k, p_key_mean, p_covariance, stride_n, o_n, m_n,
+    b_k, p_k, p_key_mean, p_covariance, stride_n, o_n, m_n,
     p: tl.constexpr, P: tl.constexpr, BT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`kᵀCk` of some keys, less their mean: `[N]`."""
+    """`kᵀCk` of some keys `[N, P]`, less their mean: `[N]`."""
     o_p = tl.arange(0, P)
-    b_mean = tl.load(p_key_mean + o_p, mask=o_p < p, other=0.0)
-    # [N, P]
-    b_k = load_rows(p_k, stride_n, o_n, m_n, o_p, o_p < p).to(tl.float32) - b_mean[None, :]
-    b_spread = tl.zeros([o_n.shape[0]], tl.float32)
-    for first in range(0, P, BT):
-        o_t = first + tl.arange(0, BT)
-        b_mean_t = tl.load(p_key_mean + o_t, mask=o_t < p, other=0.0)
-        # [P, BT], [N, BT]
-        b_covariance = load_rows(p_covariance, p, o_p, o_p < p, o_t, o_t < p)
-        b_t = load_rows(p_k, stride_n, o_n, m_n, o_t, o_t < p).to(tl.float32) - b_mean_t[None, :]
-        b_spread += tl.sum(dot(b_k, b_covariance, None, PRECISION) * b_t, 1)
+    b_centred = b_k.to(tl.float32) - tl.load(p_key_mean + o_p, mask=o_p < p, other=0.0)[None, :]
+    if BT == P:
+        b_covariance = load_rows(p_covariance, p, o_p, o_p < p, o_p, o_p < p)
+        b_spread = tl.sum(dot(b_centred, b_covariance, None, PRECISION) * b_centred, 1)
+    else:
+        b_spread = tl.zeros([o_n.shape[0]], tl.float32)
+        for first in range(0, P, BT):
+            o_t = first + tl.arange(0, BT)
+            b_mean = tl.load(p_key_mean + o_t, mask=o_t < p, other=0.0)
+            # [P, BT], [N, BT]
+            b_covariance = load_rows(p_covariance, p, o_p, o_p < p, o_t, o_t < p)
+            b_t = load_rows(p_k, stride_n, o_n, m_n, o_t, o_t < p).to(tl.float32) - b_mean[None, :]
+            b_spread += tl.sum(dot(b_centred, b_covariance, None, PRECISION) * b_t, 1)
     return b_spread
 
 
@@ -75,14 +78,16 @@ def spread_kernel(
         o_rank = first + tl.arange(0, BN)
         m_rank = o_rank < length
         o_n = tl.load(p_index + i_b * n + o_rank, mask=m_rank, other=0)
+        o_p = tl.arange(0, P)
+        b_k = load_rows(p_k, stride_n, o_n, m_rank, o_p, o_p < p)
         b_spread = spread_along(
-            p_k, p_key_mean + (i_bh // GROUP) * p, p_covariance + i_bh * p * p, stride_n, o_n, m_rank, p, P, BT,
+            b_k, p_k, p_key_mean + (i_bh // GROUP) * p, p_covariance + i_bh * p * p, stride_n, o_n, m_rank, p, P, BT,
             PRECISION,
         )  # fmt: skip
         tl.store(p_out + i_bh * n + o_rank, b_spread, mask=m_rank)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_head", "first_block", "end_block"])
 def score_kernel(
     p_pilots, p_k, p_v, p_key_mean, p_value_mean, p_covariance, p_means, p_spread, p_lse, p_index, p_length, p_blocks,
     p_score, p_stratum,
@@ -114,26 +119,26 @@ def score_kernel(
         o_rank = first + tl.arange(0, BN)
         m_rank = o_rank < length
         o_n = tl.load(p_index + i_b * n + o_rank, mask=m_rank, other=0)
-        # [BN, PV]
-        b_mean = tl.load(p_value_mean + i_kv * pv + o_v, mask=o_v < pv, other=0.0)
-        b_v = load_rows(p_v, v_stride_n, o_n, m_rank, o_v, o_v < pv).to(tl.float32) - b_mean[None, :]
-        b_bias = log_norm(b_v)
+        # [BN, P], [BN, PV]
+        b_k = load_rows(p_k, k_stride_n, o_n, m_rank, o_p, o_p < p)
+        b_v = load_rows(p_v, v_stride_n, o_n, m_rank, o_v, o_v < pv).to(tl.float32)
+        b_bias = log_norm(b_v - tl.load(p_value_mean + i_kv * pv + o_v, mask=o_v < pv, other=0.0)[None, :])
         if PARTS == 1:
             b_spread = spread_along(
-                p_k, p_key_mean + i_kv * p, p_covariance + i_bh * p * p, k_stride_n, o_n, m_rank, p, P, BT, PRECISION
-            )
+                b_k, p_k, p_key_mean + i_kv * p, p_covariance + i_bh * p * p, k_stride_n, o_n, m_rank, p, P, BT,
+                PRECISION,
+            )  # fmt: skip
             b_bias += b_spread
         else:
             b_spread = tl.load(p_spread + i_bh * n + o_rank, mask=m_rank, other=0.0)
         b_bias = tl.where(o_rank < exact_rows, float("inf"), b_bias)
-        # [BN, P]
-        b_k = load_rows(p_k, k_stride_n, o_n, m_rank, o_p, o_p < p)
-        if (c > 1) & (i_h % GROUP == 0):
-            b_stratum = nearest_stratum(
-                b_k, p_means + i_kv * c * p, p_k, p_index, k_stride_n, p_key_mean + i_kv * p, length, p, P, c, BC,
-                False, PRECISION,
-            )  # fmt: skip
-            tl.store(p_stratum + i_kv * n + o_n, b_stratum, mask=m_rank)
+        if c > 1:  # noqa: SIM102 -- known when compiled
+            if i_h % GROUP == 0:
+                b_stratum = nearest_stratum(
+                    b_k, p_means + i_kv * c * p, p_k, p_index, k_stride_n, p_key_mean + i_kv * p, length, p, P, c, BC,
+                    False, PRECISION,
+                )  # fmt: skip
+                tl.store(p_stratum + i_kv * n + o_n, b_stratum, mask=m_rank)
         for g in range(first_block, tl.minimum(end_block, blocks), BG):
             o_g = g + tl.arange(0, BG)
             m_g = o_g < tl.minimum(end_block, blocks)
@@ -212,17 +217,15 @@ def load_codes(p_score, o_rank, m_rank, low, unit):
     return tl.where(m_finite, b_code, tl.where(b_score == float("inf"), 0, 65535))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_head", "first_block"])
 def top_kernel(
     p_score, p_index, p_length, p_blocks, p_out, n, HEADS, first_head, first_block, ROOM, AT_ONCE, d,
-    SHARED: tl.constexpr, BN: tl.constexpr,
+    BN: tl.constexpr,
 ):  # fmt: skip
     """The columns of one block: the first `d` of the codes."""
     i_here, i_bh = tl.program_id(0).to(tl.int64), first_head + tl.program_id(0).to(tl.int64)
     i_b, i_g = i_bh // HEADS, first_block + tl.program_id(1)
     length, blocks = tl.load(p_length + i_b), tl.load(p_blocks + i_b)
-    if SHARED:  # all blocks have the same columns
-        blocks = tl.minimum(blocks, 1)
     if i_g >= blocks:
         return
     p_score += (i_here * AT_ONCE + tl.program_id(1)) * n
@@ -344,23 +347,11 @@ def block_columns(
     """
     batch, heads, blocks, parts, p = pilots.shape
     kv_heads, n, pv = value.shape[1:]
-    num_strata, chunks, device = strata.shape[2], triton.cdiv(n, PIECE), key.device
+    num_strata, chunks, device = strata.shape[2], triton.cdiv(n, _PIECE), key.device
     keys = layout.key_index, layout.key_length, layout.blocks
-    tile = min(16, padded(p))
-    lse = spread = covariance  # not read with one part
+    spread = lse = covariance  # not read with one part
     if parts > 1:
-        spread = torch.empty(batch, heads, n, dtype=torch.float32, device=device)
-        conf = config("score", padded(p), like=key)
-        spread_kernel[(batch * heads * chunks,)](
-            key, key_mean, covariance, *keys, spread, *key.stride()[:3], n, heads, heads // kv_heads, chunks,
-            p=p, P=padded(p), BT=tile, PIECE=PIECE, BN=conf.keys, PRECISION=precision(key),
-            num_warps=conf.warps, num_stages=conf.stages,
-        )  # fmt: skip
-        lse = log_sum_exp(pilots.flatten(2, 3), key, spread, scale, layout).view(batch, heads, blocks, parts)
-        # The smallest block of a sequence may have fewer queries than it should have parts: those have no weight.
-        present = layout.query_length // layout.blocks.clamp(min=1)
-        missing = torch.arange(parts, device=device) >= present[:, None]
-        lse = lse.masked_fill(missing[:, None, None], torch.inf)
+        spread, lse = _of_parts(pilots, key, key_mean, covariance, scale, layout)
     stratum = torch.zeros(batch, kv_heads, n, dtype=torch.int32, device=device)
     columns = torch.zeros(batch, heads, room, count, dtype=torch.int32, device=device)
     blocks_at_once, heads_at_once = at_once(batch * heads, blocks, n)
@@ -374,10 +365,10 @@ def block_columns(
                 *key.stride()[:3], *value.stride()[:3], n, heads, heads // kv_heads, chunks, exact_rows, scale,
                 first_head, first_block, first_block + blocks_at_once, blocks,
                 p=p, pv=pv, P=padded(p), PV=padded(pv), c=num_strata, PARTS=parts, BG=_BLOCKS,
-                BC=means_tile(key, num_strata), BT=tile, PIECE=PIECE, BN=conf.keys, PRECISION=precision(key),
-                num_warps=conf.warps, num_stages=conf.stages,
+                BC=means_tile(key, num_strata), BT=min(conf.rows, padded(p)), PIECE=_PIECE, BN=conf.keys,
+                PRECISION=precision(key), num_warps=conf.warps, num_stages=conf.stages,
             )  # fmt: skip
-            _top(score[:some], columns, first_head, first_block, blocks, False, layout)
+            _top(score[:some], columns, first_head, first_block, blocks, layout)
     return columns, stratum
 
 
@@ -393,7 +384,7 @@ def shared_columns(score: Tensor, count: int, layout: Layout) -> Tensor:
         `[B, H, 1, d]` int32, positions of keys; zeros for sequences that are not sketched.
     """
     columns = torch.zeros(*score.shape[:2], 1, count, dtype=torch.int32, device=score.device)
-    _top(score.flatten(0, 1)[:, None], columns, 0, 0, 1, True, layout)
+    _top(score.flatten(0, 1)[:, None], columns, 0, 0, 1, layout)
     return columns
 
 
@@ -404,14 +395,34 @@ def at_once(heads: int, blocks: int, n: int) -> tuple[int, int]:
     return blocks, max(1, min(heads, fit // blocks))
 
 
-def _top(
-    score: Tensor, columns: Tensor, first_head: int, first_block: int, blocks: int, shared: bool, layout: Layout
-) -> None:
+def _of_parts(
+    pilots: Tensor, key: Tensor, key_mean: Tensor, covariance: Tensor, scale: float, layout: Layout
+) -> tuple[Tensor, Tensor]:
+    """The spread of queries along every key `[B, H, n_k]`, by rank, and the logarithm of the mass of every pilot
+    `[B, H, blocks, parts]`, infinite for a part that a sequence lacks. Arguments as in `block_columns`."""
+    batch, heads, blocks, parts, p = pilots.shape
+    n, chunks = key.shape[2], triton.cdiv(key.shape[2], _PIECE)
+    spread = torch.empty(batch, heads, n, dtype=torch.float32, device=key.device)
+    conf = config("score", padded(p), like=key)
+    spread_kernel[(batch * heads * chunks,)](
+        key, key_mean, covariance, layout.key_index, layout.key_length, layout.blocks, spread, *key.stride()[:3], n,
+        heads, heads // key.shape[1], chunks,
+        p=p, P=padded(p), BT=min(conf.rows, padded(p)), PIECE=_PIECE, BN=conf.keys, PRECISION=precision(key),
+        num_warps=conf.warps, num_stages=conf.stages,
+    )  # fmt: skip
+    lse = log_sum_exp(pilots.flatten(2, 3), key, spread, scale, layout).view(batch, heads, blocks, parts)
+    # The smallest block of a sequence may have fewer queries than it should have parts: those have no weight.
+    present = layout.query_length // layout.blocks.clamp(min=1)
+    missing = torch.arange(parts, device=key.device) >= present[:, None]
+    return spread, lse.masked_fill(missing[:, None, None], torch.inf)
+
+
+def _top(score: Tensor, columns: Tensor, first_head: int, first_block: int, blocks: int, layout: Layout) -> None:
     """Write the columns of the blocks from `first_block` on, of the heads from `first_head` on, whose scores
     `[heads, blocks, n_k]` are."""
     some, at_a_time, n = score.shape
     heads, room, count = columns.shape[1:]
     top_kernel[(some, min(at_a_time, blocks - first_block))](
         score, layout.key_index, layout.key_length, layout.blocks, columns, n, heads, first_head, first_block, room,
-        at_a_time, count, SHARED=shared, BN=_TILE, num_warps=8,
+        at_a_time, count, BN=_TILE, num_warps=8,
     )  # fmt: skip

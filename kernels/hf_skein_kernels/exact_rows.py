@@ -74,10 +74,10 @@ def forward_kernel(
     b_max = tl.full([BM], -1e38, tl.float32)
     b_mass = tl.zeros([BM], tl.float32)
     b_out = tl.zeros([BM, PV], tl.float32)
-    length = tl.where(is_used, tl.load(p_key_length + i_b), 0)
+    gives_means = MEANS & (i_tile == 0) & (i_h % GROUP == 0)
+    length = tl.where(is_used & (gives_means | (not MEANS) | (R > 0)), tl.load(p_key_length + i_b), 0)
     end = tl.minimum(i_chunk * CHUNK + CHUNK, length)
-    gives_means = (i_tile == 0) & (i_h % GROUP == 0)
-    b_key_mean, b_value_mean = tl.zeros([P], tl.float32), tl.zeros([PV], tl.float32)
+    b_key_sum, b_value_sum = tl.zeros([BN, P], tl.float32), tl.zeros([BN, PV], tl.float32)
     for first in range(i_chunk * CHUNK, end, BN):
         o_rank = first + tl.arange(0, BN)
         m_rank = o_rank < end
@@ -87,8 +87,8 @@ def forward_kernel(
         b_value = load_rows(p_value, value_stride_n, o_n, m_rank, o_v, m_v)
         if MEANS:  # noqa: SIM102
             if gives_means:
-                b_key_mean += tl.sum(b_key.to(tl.float32), 0)
-                b_value_mean += tl.sum(b_value.to(tl.float32), 0)
+                b_key_sum += b_key.to(tl.float32)
+                b_value_sum += b_value.to(tl.float32)
         b_logit = dot(b_query, tl.trans(b_key), None, PRECISION) * (scale * LOG2_E)
         b_logit = tl.where(m_rank[None, :], b_logit, -float("inf"))
         b_weight, b_shrink, b_max, b_mass = softmax_step(b_logit, b_max, b_mass)
@@ -109,9 +109,9 @@ def forward_kernel(
         if gives_means:
             i_kv, size = i_bh // GROUP, tl.maximum(length, 1).to(tl.float32)  # H is GROUP times the key heads
             p_part = p_key_mean + i_chunk.to(tl.int64) * PART + i_kv * p
-            tl.store(p_part + o_p, b_key_mean / size, mask=m_p)
+            tl.store(p_part + o_p, tl.sum(b_key_sum, 0) / size, mask=m_p)
             p_part = p_value_mean + i_chunk.to(tl.int64) * PART + i_kv * pv
-            tl.store(p_part + o_v, b_value_mean / size, mask=m_v)
+            tl.store(p_part + o_v, tl.sum(b_value_sum, 0) / size, mask=m_v)
 
 
 @triton.jit
@@ -287,7 +287,7 @@ def rows_and_means(
         query: `[B, H, n_q, p]`, last stride 1.
         key: `[B, HK, n_k, p]`, last stride 1.
         value: `[B, HK, n_k, pv]`, last stride 1.
-        rows: `[B, H, R]` int32, positions of queries; or how many of the first valid ones.
+        rows: `[B, H, R]` int32 contiguous, positions of queries; or how many of the first valid ones.
         layout: Of the batch.
         scale: Multiplies the logits.
 
@@ -305,7 +305,7 @@ def rows_and_means(
         query, key, value, rows, layout, scale, 0.0, layout.blocks, None, first, (*views(parts[0]), parts.shape[1])
     )
     key_mean, value_mean = views(add_parts(parts))
-    out, lse = torch.empty_like(part[:, :, 0]), torch.empty_like(part_lse[:, :, 0])
+    out, lse = part.new_empty(*rows.shape, pv), part.new_empty(rows.shape)
     if rows.shape[-1]:
         _combine(part, part_lse, rows, layout, out, lse, placed=False)
     return key_mean, value_mean.clone(), out, lse  # results of an operator share no memory

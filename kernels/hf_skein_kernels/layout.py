@@ -47,8 +47,8 @@ class Selection(NamedTuple):
         exact_rows: `[B, H, r]`, query positions computed over all keys; -1 where there is none, and in place of what
             has come before.
         stratum: `[B, HK, n_k]`, the stratum of the key at each position.
-        exact_output: `[B, H, r, pv]` float32, the exact rows where choosing the columns gave them; else `r` is 0.
-        exact_lse: `[B, H, r]` float32, the logarithm to base 2 of their mass, likewise.
+        exact_output: `[B, H, r, pv]` float32, the exact rows.
+        exact_lse: `[B, H, r]` float32, the logarithm to base 2 of their mass.
     """
 
     order: Tensor
@@ -71,10 +71,10 @@ def valid_first(p_mask, p_index, stride, n, i_chunk, MASKED: tl.constexpr, CHUNK
         b_all, b_before = tl.zeros([CHUNK], tl.int32), tl.zeros([CHUNK], tl.int32)
         for first in range(0, n, CHUNK):
             o_i = first + tl.arange(0, CHUNK)
-            b_i = tl.load(p_mask + o_i.to(tl.int64) * stride, mask=o_i < n, other=0).to(tl.int32)
+            b_i = (tl.load(p_mask + o_i.to(tl.int64) * stride, mask=o_i < n, other=0) != 0).to(tl.int32)
             b_all += b_i
             b_before += tl.where(first < i_chunk * CHUNK, b_i, 0)
-        b_valid = tl.load(p_mask + o_n.to(tl.int64) * stride, mask=o_n < n, other=0).to(tl.int32)
+        b_valid = (tl.load(p_mask + o_n.to(tl.int64) * stride, mask=o_n < n, other=0) != 0).to(tl.int32)
         o_rank = tl.sum(b_before, 0) + tl.cumsum(b_valid, 0) - b_valid
         count = tl.sum(b_all, 0)
         o_place = tl.where(b_valid == 1, o_rank, count + o_n - o_rank)
@@ -148,7 +148,7 @@ def mark_exact(order: Tensor, rows: Tensor | int, layout: Layout) -> tuple[Tenso
         rows = order.new_empty(batch, heads, min(rows, n))
     count = rows.shape[-1]
     if count == 0:
-        return order.contiguous(), rows
+        return order.clone(memory_format=torch.contiguous_format), rows  # results of an operator share no memory
     out = torch.empty_like(order, memory_format=torch.contiguous_format)
     size = max(16, triton.next_power_of_2(count))
     mark_kernel[(batch * heads, triton.cdiv(n, 256))](
@@ -191,7 +191,9 @@ def ragged(
     n_k, device = key.shape[2], key.device
     sizes = (batch, n_q), (batch,), (batch, n_k), (batch,), (batch,)
     out = Layout(*(torch.empty(*size, dtype=torch.int32, device=device) for size in sizes))
-    masks = [x if mask is None else mask.view(torch.uint8) for mask, x in ((query_mask, out[0]), (key_mask, out[2]))]
+    masks = [
+        x if mask is None else mask.bool().view(torch.uint8) for mask, x in ((query_mask, out[0]), (key_mask, out[2]))
+    ]
     layout_kernel[(batch, triton.cdiv(max(n_q, n_k), CHUNK))](
         *masks, *out, *masks[0].stride(), *masks[1].stride(), n_q, n_k, block_size,
         num_blocks(n_q, block_size, max_blocks).bit_length() - 1, exact_length,

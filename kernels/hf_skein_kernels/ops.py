@@ -323,7 +323,7 @@ def skein_attention(
     _check(
         query, value, method, kind, num_columns, exact_length, num_strata, min(max_blocks, query.shape[2]) * num_pilots
     )
-    if query.shape[2] == 0:
+    if query.shape[2] == 0 or key.shape[2] == 0:
         return query.new_zeros(*query.shape[:3], value.shape[-1])
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     if scale is None:

@@ -58,11 +58,11 @@ def nearest_stratum(
         b_rounded = b_means.to(tl.float32)
         b_offset = tl.sum(b_rounded * (b_rounded / 2 + b_key_mean[None, :]), 1)
         b_close = dot(b_k, tl.trans(b_means), None, PRECISION) - b_offset[None, :]
-        b_close = tl.where(m_c[None, :], b_close, float("-inf"))
+        b_close = tl.where(m_c[None, :] & (b_close == b_close), b_close, float("-inf"))  # NaN is near to nothing
         b_here = tl.max(b_close, 1)
         b_nearest = tl.where(b_here > b_best, first + tl.argmax(b_close, 1), b_nearest)
         b_best = tl.maximum(b_best, b_here)
-    return b_nearest
+    return tl.minimum(b_nearest, c - 1)
 
 
 @triton.jit

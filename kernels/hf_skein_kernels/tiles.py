@@ -31,7 +31,6 @@ ON_ROCM = torch.version.hip is not None
 
 # By kernel, then by the largest (padded) head dimension that a configuration serves.
 CONFIGS: dict[str, dict[int, Config]] = {
-    "moments": {64: Config(0, 64, 4, 2), 128: Config(0, 32, 8, 2), 256: Config(0, 32, 8, 2), 512: Config(0, 16, 8, 1)},
     "totals": {
         128: Config(64, 16, 8, 2),
         256: Config(32, 32, 8, 1),
@@ -75,7 +74,12 @@ CONFIGS: dict[str, dict[int, Config]] = {
         256: Config(16, 32, 8, 1),
         512: Config(16, 16, 8, 1),
     },
-    "score": {64: Config(0, 64, 8, 2), 128: Config(0, 32, 8, 2), 256: Config(0, 32, 8, 1), 512: Config(0, 16, 8, 1)},
+    "score": {
+        64: Config(64, 64, 8, 2),
+        128: Config(32, 32, 8, 2),
+        256: Config(16, 32, 8, 1),
+        512: Config(16, 16, 8, 1),
+    },
     "strata": {64: Config(0, 64, 4, 2), 128: Config(0, 16, 8, 2), 256: Config(0, 16, 8, 1), 512: Config(0, 16, 8, 1)},
     "exact": {
         64: Config(64, 64, 4, 2),
@@ -95,7 +99,8 @@ CONFIGS: dict[str, dict[int, Config]] = {
 def config(kernel: str, *head_dims: int, like: Tensor | None = None, dropout: float = 0.0) -> Config:
     """The configuration of a kernel for some (padded) head dimensions.
 
-    Numbers of float32 take the room of two; where a weight may be dropped, random numbers take registers, hence warps.
+    Numbers of float32 count four times, because they are multiplied from registers; where a weight may be dropped,
+    random numbers take registers, hence warps.
     """
     largest = max(head_dims) * (4 if like is not None and like.dtype == torch.float32 else 1)
     found = next(c for limit, c in CONFIGS[kernel].items() if min(largest, 512) <= limit)

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .layout import Layout
-from .pilots import PIECE
+from .pilots import PIECE, log_sum_exp
 from .random import COLUMN_STREAM, gumbel, uniform
 from .strata import means_tile, nearest_stratum
 from .tiles import LOG2_E, bin_of_rank, config, dot, load_rows, padded, precision

@@ -77,7 +77,7 @@ def forward_kernel(
     gives_means = MEANS & (i_tile == 0) & (i_h % GROUP == 0)
     length = tl.where(is_used & (gives_means | (not MEANS) | (R > 0)), tl.load(p_key_length + i_b), 0)
     end = tl.minimum(i_chunk * CHUNK + CHUNK, length)
-    b_key_sum, b_value_sum = tl.zeros([BN, P], tl.float32), tl.zeros([BN, PV], tl.float32)
+    b_key_sum, b_value_sum = tl.zeros([P], tl.float32), tl.zeros([PV], tl.float32)
     for first in range(i_chunk * CHUNK, end, BN):
         o_rank = first + tl.arange(0, BN)
         m_rank = o_rank < end
@@ -87,8 +87,8 @@ def forward_kernel(
         b_value = load_rows(p_value, value_stride_n, o_n, m_rank, o_v, m_v)
         if MEANS:  # noqa: SIM102
             if gives_means:
-                b_key_sum += b_key.to(tl.float32)
-                b_value_sum += b_value.to(tl.float32)
+                b_key_sum += tl.sum(b_key.to(tl.float32), 0)
+                b_value_sum += tl.sum(b_value.to(tl.float32), 0)
         b_logit = dot(b_query, tl.trans(b_key), None, PRECISION) * (scale * LOG2_E)
         b_logit = tl.where(m_rank[None, :], b_logit, -float("inf"))
         b_weight, b_shrink, b_max, b_mass = softmax_step(b_logit, b_max, b_mass)
@@ -109,9 +109,9 @@ def forward_kernel(
         if gives_means:
             i_kv, size = i_bh // GROUP, tl.maximum(length, 1).to(tl.float32)  # H is GROUP times the key heads
             p_part = p_key_mean + i_chunk.to(tl.int64) * PART + i_kv * p
-            tl.store(p_part + o_p, tl.sum(b_key_sum, 0) / size, mask=m_p)
+            tl.store(p_part + o_p, b_key_sum / size, mask=m_p)
             p_part = p_value_mean + i_chunk.to(tl.int64) * PART + i_kv * pv
-            tl.store(p_part + o_v, tl.sum(b_value_sum, 0) / size, mask=m_v)
+            tl.store(p_part + o_v, b_value_sum / size, mask=m_v)
 
 
 @triton.jit

@@ -75,8 +75,8 @@ CONFIGS: dict[str, dict[int, Config]] = {
         512: Config(16, 16, 8, 1),
     },
     "score": {
-        64: Config(64, 64, 8, 2),
-        128: Config(32, 32, 8, 2),
+        64: Config(16, 64, 8, 2),
+        128: Config(16, 32, 8, 2),
         256: Config(16, 32, 8, 1),
         512: Config(16, 16, 8, 1),
     },

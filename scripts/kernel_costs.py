@@ -111,7 +111,7 @@ def adaptive(n: int, p: int, config: SkeinConfig) -> list[Stage]:
             2 * sample + rows + 4 * COMPONENTS * n,
             4 * SAMPLE["routing"] * p * p + 2 * n * p * TILE,
         ),
-        Stage("routing: tree", levels * level + 8 * n, 0),
+        Stage("routing: tree", levels * level, 0),
         Stage("pilots", rows + 4 * n + SAMPLE["pilots"] * p * WIDTH, 2 * SAMPLE["pilots"] * p * p),
         Stage("strata: means", 2 * (keys * p * WIDTH + 2 * 4 * c * p), 2 * 4 * keys * p * c),
         Stage(
@@ -119,7 +119,7 @@ def adaptive(n: int, p: int, config: SkeinConfig) -> list[Stage]:
             2 * rows + 4 * p * p + 4 * n + 4 * n * blocks,
             2 * n * p * (p + c + pilots),
         ),
-        Stage("columns", 4 * n * blocks + 4 * n + 4 * blocks * d, 0),
+        Stage("columns", 4 * n * blocks + 4 * n + 4 * blocks * d + 8 * n, 0),
         _sums(n, p, c),
         *_attention(n, p, d + c, blocks, d, c),
     ]

@@ -136,6 +136,7 @@ def check(query, key, value, query_mask, key_mask, config, scale=None):
 CASES = {
     "plain": ({}, {"n_q": 65}),
     "one block, many strata": ({"max_blocks": 1, "num_strata": 40}, {"n_q": 63, "batch": 1}),
+    "more strata than a tile has": ({"num_strata": 530}, {"n_q": 65, "n_k": 560, "batch": 1, "p": 16}),
     "one stratum, no exact row": ({"num_strata": 1, "exact_rows": 0}, {"n_q": 33, "n_k": 70, "batch": 1}),
     "several exact rows, pv != p": ({"exact_rows": 5}, {"n_q": 65, "p": 40, "pv": 20, "kv_heads": 2}),
     "few queries": ({"block_size": 16}, {"n_q": 17, "n_k": 80, "heads": 4, "kv_heads": 2, "batch": 1}),

@@ -143,7 +143,7 @@ def flex(inputs: LayerInputs, layer: int) -> Tensor:
 
 @functools.cache
 def _compiled_flex_attention() -> Callable[..., Tensor]:
-    return torch.compile(flex_attention)
+    return torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
 
 def exact_calls(args: argparse.Namespace, inputs: LayerInputs) -> dict[str, Attention]:
@@ -151,6 +151,7 @@ def exact_calls(args: argparse.Namespace, inputs: LayerInputs) -> dict[str, Atte
     calls: dict[str, Attention] = {EXACT: functools.partial(exact, None)}
     if torch.device(args.device).type == "cpu":
         return calls
+    torch.compiler.reset()  # flex_attention is compiled for each length, and for few lengths at a time
     few = LayerInputs(*(x[:, :64] for x in inputs[:3]), inputs.scale)
     others = {name: functools.partial(exact, backend) for name, backend in CUDA_BACKENDS.items()}
     for name, call in (others | {"exact (flex)": flex}).items():
@@ -164,7 +165,7 @@ def exact_calls(args: argparse.Namespace, inputs: LayerInputs) -> dict[str, Atte
 
 
 def measure(args: argparse.Namespace, methods: dict[str, SkeinConfig], length: int, copies: int) -> list[dict]:
-    """One row per method: seconds and memory of each pass, how many times faster than exact, and the error."""
+    """One row per method: seconds and memory of each pass, how many times faster than the fastest exact one, error."""
     layers = layer_inputs(args, length)
     timed = copied(layers[args.timed_layer], copies)
     exact_ones = exact_calls(args, timed)
@@ -200,7 +201,8 @@ def measure(args: argparse.Namespace, methods: dict[str, SkeinConfig], length: i
             if name in costs[what]:
                 row |= costs[what][name].row(what)
             if name in costs[what] and EXACT in costs[what]:
-                row[f"{what}_speedup"] = costs[what][EXACT].seconds / costs[what][name].seconds
+                fastest = min(costs[what][other].seconds for other in exact_ones)
+                row[f"{what}_speedup"] = fastest / costs[what][name].seconds
             if (name, "float32") in costs[what]:
                 row[f"{what}_float32_seconds"] = costs[what][name, "float32"].seconds
         table.append(row)
@@ -233,13 +235,14 @@ def forward_backward(call: Attention, inputs: LayerInputs, layer: int) -> None:
 
 
 def growth(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """How many times the seconds and the memory grow where the length grows four times."""
+    """How many times the seconds and the memory of a head grow where the length grows four times."""
     by_key = {(row["method"], row["n"]): row for row in rows}
     result = []
     for (method, n), row in by_key.items():
         longer = by_key.get((method, 4 * n), {})
         fields = [f"{what}_{unit}" for what in PASSES for unit in ("seconds", "mib")]
-        factors = {field: longer[field] / row[field] for field in fields if row.get(field) and longer.get(field)}
+        heads = row["heads"] / longer["heads"] if longer else 1
+        factors = {f: heads * longer[f] / row[f] for f in fields if row.get(f) and longer.get(f)}
         if factors:
             result.append({"method": method, "from": n, "to": 4 * n, **factors})
     return result
@@ -277,6 +280,8 @@ def plot(record: dict[str, Any], args: argparse.Namespace) -> None:
     lengths = sorted({row["n"] for row in rows})
     at = args.front_length if args.front_length in lengths else lengths[-1]
     methods = list(dict.fromkeys(row["method"] for row in rows))
+    shape = record["shape"]
+    milliseconds = {id(row): 1e3 * row["forward_seconds"] * shape["heads"] / row["heads"] for row in rows}
     if len(methods) > 10:
         left.set_prop_cycle(color=matplotlib.colormaps["tab20"].colors)
     for method in methods:
@@ -284,7 +289,7 @@ def plot(record: dict[str, Any], args: argparse.Namespace) -> None:
         style = {"color": "black"} if method == EXACT else {}
         (line,) = left.plot(
             [row["n"] for row in mine],
-            [1e3 * row["forward_seconds"] for row in mine],
+            [milliseconds[id(row)] for row in mine],
             marker="o",
             markersize=4,
             label=method,
@@ -292,13 +297,13 @@ def plot(record: dict[str, Any], args: argparse.Namespace) -> None:
         )
         for row in mine:
             if row["n"] == at and method.startswith("exact"):
-                right.axvline(1e3 * row["forward_seconds"], color=line.get_color(), linestyle="dotted")
+                right.axvline(milliseconds[id(row)], color=line.get_color(), linestyle="dotted")
             elif row["n"] == at:
-                right.scatter(1e3 * row["forward_seconds"], row["error"], color=line.get_color())
+                right.scatter(milliseconds[id(row)], row["error"], color=line.get_color())
                 right.annotate(
-                    method, (1e3 * row["forward_seconds"], row["error"]), (4, 4), textcoords="offset points", fontsize=7
+                    method, (milliseconds[id(row)], row["error"]), (4, 4), textcoords="offset points", fontsize=7
                 )
-    points = sorted((1e3 * row["forward_seconds"], row["error"]) for row in rows if row["n"] == at)
+    points = sorted((milliseconds[id(row)], row["error"]) for row in rows if row["n"] == at)
     best = [point for i, point in enumerate(points) if point[1] < min((e for _, e in points[:i]), default=math.inf)]
     right.step(*zip(*best, strict=True), where="post", color="gray", linewidth=0.8, zorder=0)
     over_lengths(left, lengths, yscale="log", ylabel="forward of one layer, ms")
@@ -308,7 +313,6 @@ def plot(record: dict[str, Any], args: argparse.Namespace) -> None:
     right.set_ylim(bottom=0)
     right.set_title(f"{at} tokens", fontsize=10)
     right.grid(alpha=0.3)
-    shape = record["shape"]
     widened = " (widened)" if record["head_dim"] else ""
     title = (
         f"One layer of {record['model']} on text, {shape['heads']} heads, p={shape['p']}{widened}, {record['dtype']}"

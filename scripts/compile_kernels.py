@@ -1,9 +1,8 @@
 """Compile every Triton kernel ahead of time, for every configuration and several GPUs; none of them is needed.
 
 The launchers run as they would on a GPU, forward and backward, but each launch compiles its kernel and goes no further.
-So what is compiled is what is launched. For each kernel the record holds registers, the stack that spilled registers
-take, and shared memory, and whether it fits. It also writes the table of docs/kernels.md. Interrupted, it goes on where
-it was.
+So what is compiled is what is launched. For each kernel the record holds registers, bytes that spilled, and shared
+memory, and whether it fits. It also writes the table of docs/kernels.md. Interrupted, it goes on where it was.
 
     python scripts/compile_kernels.py --jobs 2             # every kernel in every configuration
     python scripts/compile_kernels.py --target sm_90 --head-dim 64 --dtype bfloat16 --output sm_90.json
@@ -69,7 +68,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "adaptive, dropout": {"dropout": 0.1},
     "adaptive, uniform, mean residual": {"uniform": True, "kind": "mean"},
     "adaptive, no residual": {"kind": "simple"},
-    "skeinformer, second order": {"method": "skeinformer", "num_pilots": 128},
+    "skeinformer, second order, pilots looked at only": {
+        "method": "skeinformer",
+        "num_pilots": 128,
+        "pilot_reutilization": False,
+    },
     "adaptive, plain": {"plain": True},
     "skeinformer, plain": {"method": "skeinformer", "kind": "geometric", "num_pilots": 128, "plain": True},
 }

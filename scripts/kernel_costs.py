@@ -4,7 +4,8 @@
     python scripts/kernel_costs.py --table    # write it into docs/kernels.md
 
 Bytes count what a stage reads and writes once per launch, as if nothing stayed in a cache; operations count products, a
-multiply and an add as two. A stage takes at least as long as either, and stages follow one another.
+multiply and an add as two, and twice that where they are multiplied in float32, with TF32 at half the speed. A stage
+takes at least as long as either, and stages follow one another.
 """
 
 from __future__ import annotations
@@ -78,15 +79,21 @@ def _sums(n: int, p: int, strata: int) -> Stage:
 
 def _attention(n: int, p: int, keys: int, blocks: int, d: int, strata: int) -> list[Stage]:
     """Residual and attention of `blocks` blocks to `keys` columns and strata; second order if there are strata."""
-    within = blocks * p * 2 * p if strata else 0
-    statistics = blocks * (2 * d * p * WIDTH + strata * 2 * p * 4) + 4 * within
-    operations = 2 * blocks * (d + strata) * 2 * p * p if strata else 0
+    means = max(strata, 1)  # of one stratum at least
+    written = 4 * (means * 2 * p + (p * 2 * p if strata else 0))
+    read = 2 * d * p * WIDTH
+    products = 2 * (d + 2 * strata) * p * 2 * p if strata else 0
     return [
-        Stage("residual of the blocks", statistics, operations, "residual"),
+        Stage(
+            "residual of the blocks",
+            blocks * (read + written) + (written if strata else 0),
+            blocks * (2 * d * means * 2 * p + products),
+            "residual",
+        ),
         Stage(
             "attention",
-            2 * n * p * WIDTH + 8 * n + statistics,
-            4 * n * keys * p + (4 * n * p * p if strata else 0),
+            2 * n * p * WIDTH + 8 * n + blocks * (read + written),
+            4 * n * keys * p + (2 * 4 * n * p * p if strata else 0),
             "attention",
         ),
     ]
@@ -96,8 +103,7 @@ def adaptive(n: int, p: int, config: SkeinConfig) -> list[Stage]:
     """The stages of the forward pass of `method="adaptive"`, as the launchers run them."""
     blocks, d, c = num_blocks(n, config), config.num_columns, config.num_strata
     rows, levels, pilots = n * p * WIDTH, int(math.log2(blocks)), TILE * math.ceil(blocks / TILE)
-    sample = SAMPLE["routing"] * p * WIDTH * math.ceil(p / 64)
-    level = 3 * 8 * n + 4 * n + (4 + 4 * COMPONENTS) * n / 5
+    points = 4 * COMPONENTS * n
     keys = SAMPLE["strata"] * c  # that k-means looks at
     return [
         Stage(
@@ -108,16 +114,16 @@ def adaptive(n: int, p: int, config: SkeinConfig) -> list[Stage]:
         ),
         Stage(
             "routing: coordinates",
-            2 * sample + rows + 4 * COMPONENTS * n,
-            4 * SAMPLE["routing"] * p * p + 2 * n * p * TILE,
+            2 * SAMPLE["routing"] * p * WIDTH + 2 * 2 * 4 * p * p + 2 * 4 * COMPONENTS * p + rows + 4 * n + points,
+            2 * 2 * 2 * SAMPLE["routing"] * p * p + 2 * n * p * TILE,
         ),
-        Stage("routing: tree", levels * level, 0),
-        Stage("pilots", rows + 4 * n + SAMPLE["pilots"] * p * WIDTH, 2 * SAMPLE["pilots"] * p * p),
+        Stage("routing: tree", levels * (4 * n + points + 4 * n), 0),
+        Stage("pilots", rows + 4 * n + SAMPLE["pilots"] * p * WIDTH, 2 * 2 * SAMPLE["pilots"] * p * p),
         Stage("strata: means", 2 * (keys * p * WIDTH + 2 * 4 * c * p), 2 * 4 * keys * p * c),
         Stage(
             "scores, and strata of keys",
             2 * rows + 4 * p * p + 4 * n + 4 * n * blocks,
-            2 * n * p * (p + c + pilots),
+            2 * n * p * (2 * p + c + pilots),
         ),
         Stage("columns", 4 * n * blocks + 4 * n + 4 * blocks * d + 8 * n, 0),
         _sums(n, p, c),

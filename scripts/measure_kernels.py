@@ -3,8 +3,9 @@
     python scripts/measure_kernels.py --output benchmarks/results/kernel_times
 
 Forward passes in bf16 on random inputs, without masks, at the default settings. The GPU is kept busy until all of a
-pass has been launched, so launches cost no time here. Medians of several passes; a part that is done is kept, and the
-same command continues after an interruption.
+pass has been launched, so launches cost no time here. An event before and after each launch takes some itself, hence a
+whole pass is measured without them, too. Medians of several passes; a part that is done is kept, and the same command
+continues after an interruption.
 """
 
 from __future__ import annotations
@@ -28,12 +29,18 @@ from hf_skein import SkeinConfig, skein_attention
 from hf_skein.kernels import attention
 
 
-OTHERS = "PyTorch's operators, and gaps"
+WHOLE = "**whole pass, measured at once**"
 
-# By kernel, as `file.name`; what is not here belongs to the stage before it.
+# As PyTorch names the GPUs of the model.
+DEVICES = {"NVIDIA H200": "H200", "NVIDIA A100-SXM4-80GB": "A100"}
+
+# By kernel, as `file.name`; "" stands for the stage before it.
 STAGES = {
     "layout.layout": "layout",
     "layout.mark": "columns",
+    "covariance.covariance": "routing: coordinates",  # but of pilots
+    "exact_rows.combine": "exact rows, and means of keys and values",  # but after the attention
+    "moments.add": "",
     "exact_rows.forward": "exact rows, and means of keys and values",
     "pilots.pilot_rows": "exact rows, and means of keys and values",
     "routing.components": "routing: coordinates",
@@ -45,8 +52,7 @@ STAGES = {
     "columns.draw": "scores by the pilots",
     "columns.top": "columns",
     "moments.totals": "sums over strata, and products",
-    "residual.means": "residual of the blocks",
-    "residual.covariance": "residual of the blocks",
+    "residual.block": "residual of the blocks",
     "attention.forward": "attention",
 }
 
@@ -55,12 +61,12 @@ def stages(kernels: list[str]) -> list[str]:
     """The stage of every launch, in order."""
     found: list[str] = []
     for i, kernel in enumerate(kernels):
-        if kernel == "covariance.covariance":  # of a sample, for the components or about the pilots
-            found.append("pilots" if kernels[i - 1] == "pilots.mean" else "routing: coordinates")
+        stage = STAGES[kernel] or found[-1]
+        if kernel == "covariance.covariance" and kernels[i - 1] == "pilots.mean":
+            stage = "pilots"
         elif kernel == "exact_rows.combine" and "attention.forward" in kernels[:i]:
-            found.append("attention")
-        else:
-            found.append(STAGES.get(kernel) or found[-1])
+            stage = "attention"
+        found.append(stage)
     return found
 
 
@@ -89,6 +95,15 @@ def event() -> torch.cuda.Event:
     return result
 
 
+@contextmanager
+def busy() -> Iterator[None]:
+    """Keeps the GPU busy until all has been launched, and waits for it then."""
+    torch.cuda.synchronize()
+    torch.cuda._sleep(200_000_000)  # clock cycles
+    yield
+    torch.cuda.synchronize()
+
+
 @torch.no_grad()
 def measure(method: str, p: int, n: int, repeats: int) -> list[dict[str, Any]]:
     """A row per stage: median seconds, and its floor on this GPU if that is one of the model's."""
@@ -98,20 +113,19 @@ def measure(method: str, p: int, n: int, repeats: int) -> list[dict[str, Any]]:
     run()
     seconds: dict[str, list[float]] = {}
     for _ in range(repeats):
-        torch.cuda.synchronize()
-        torch.cuda._sleep(200_000_000)  # clock cycles, until all is launched
-        begin = event()
-        with recorded(event) as launches:
+        with busy():
+            begin = event()
             run()
-        end = event()
-        end.synchronize()
-        of_stages: dict[str, float] = {}
+            end = event()
+        whole = begin.elapsed_time(end) / 1e3
+        with busy(), recorded(event) as launches:
+            run()
+        of_stages: dict[str, float] = {WHOLE: whole}
         for stage, (_, before, after) in zip(stages([name for name, *_ in launches]), launches, strict=True):
             of_stages[stage] = of_stages.get(stage, 0.0) + before.elapsed_time(after) / 1e3
-        of_stages[OTHERS] = begin.elapsed_time(end) / 1e3 - sum(of_stages.values())
         for stage, value in of_stages.items():
             seconds.setdefault(stage, []).append(value)
-    gpu = next((gpu for name, gpu in GPUS.items() if name in torch.cuda.get_device_name()), None)
+    gpu = GPUS.get(DEVICES.get(torch.cuda.get_device_name(), ""))
     model = {stage.name: stage for stage in METHODS[method](n, p, SkeinConfig())}
     rows = []
     for stage, values in seconds.items():
@@ -131,13 +145,13 @@ def measure(method: str, p: int, n: int, repeats: int) -> list[dict[str, Any]]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: microseconds, floors and shares of the stages of one part."""
-    total = sum(row["seconds"] for row in rows)
+    total = sum(row["seconds"] for row in rows if row["stage"] != WHOLE)
     body = [
         [
             row["stage"],
             f"{1e6 * row['seconds']:.0f}",
             f"{1e6 * row['floor_seconds']:.0f}" if row.get("floor_seconds") else "",
-            f"{row['seconds'] / total:.0%}",
+            "" if row["stage"] == WHOLE else f"{row['seconds'] / total:.0%}",
         ]
         for row in rows
     ]
@@ -146,7 +160,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         body.append([name, "", "", f"{share:.0%}"])
     first = rows[0]
     head = f"`{first['method']}`, p={first['p']}, n={first['n']}, {first['heads']} heads"
-    return markdown_table([head, "µs", "floor", "share"], [*body, ["**all**", f"{1e6 * total:.0f}", "", ""]])
+    return markdown_table([head, "µs", "floor", "share"], [*body, ["sum of the stages", f"{1e6 * total:.0f}", "", ""]])
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:

@@ -16,6 +16,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 import kernel_costs
 from _document import replace_marked
 
+from hf_skein.kernels import ops
+
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "scripts" / "compile_kernels.py"
@@ -38,17 +40,37 @@ def test_kernels_compile_without_a_gpu(tmp_path):
     assert {(row["target"], row["kernel"]) for row in record["rows"]} == {
         (target, kernel) for target in ("sm_90", "gfx942") for kernel in kernels
     }
-    assert all(row["registers"] > 0 and row["specialisations"] > 0 and row["fits"] for row in record["rows"])
+    assert all(row["registers"] > 0 and row["fits"] for row in record["rows"])
 
 
 def test_what_is_too_large_is_reported():
     code = (
-        "import compile_kernels as c; row = dict(target='gfx942', kernel='a.b', dtype='bfloat16', head_dim=64);"
+        "import compile_kernels as c; row = dict(target='gfx942', kernel='a.b', dtype='float32', head_dim=128);"
         "print(c.problems([{**row, 'shared_bytes': 70000, 'fits': False, 'spilled_bytes': 80}]))"
     )
     command = [sys.executable, "-c", code]
     text = subprocess.run(command, cwd=ROOT / "scripts", capture_output=True, text=True, check=True).stdout
     assert "70000 bytes of shared memory, of 65536" in text and "80 bytes per thread spilled" in text
+
+
+def test_a_row_has_the_most_of_all_specialisations():
+    code = """
+import contextlib, types
+import compile_kernels as c
+
+def kernel(hash):
+    return types.SimpleNamespace(hash=hash, metadata=types.SimpleNamespace(num_warps=4, num_stages=2))
+
+c.compiling = lambda *_: contextlib.nullcontext([("a.b", kernel(x)) for x in ("x", "y", "x")])
+c.launch = lambda *_, **__: None
+used = {"x": (90, 8, 70000), "y": (100, 4, 60000)}
+c.resources = lambda k: dict(zip(("registers", "spilled_bytes", "shared_bytes"), used[k.hash]))
+row, = c.compile_part("bfloat16", 64, "gfx942", ["adaptive", "skeinformer"])
+print(*(row[x] for x in ("specialisations", "registers", "spilled_bytes", "shared_bytes", "fits")))
+"""
+    command = [sys.executable, "-c", code]
+    text = subprocess.run(command, cwd=ROOT / "scripts", capture_output=True, text=True, check=True).stdout
+    assert text.split() == ["2", "100", "8", "70000", "False"]
 
 
 def test_record_holds_every_kernel_for_every_target():
@@ -65,6 +87,9 @@ def test_record_holds_every_kernel_for_every_target():
     kernels = {
         f"{path.stem}.{name}" for path in sources for name in re.findall(r"def (\w+)_kernel\(", path.read_text())
     }
+    on_nvidia = [row for row in rows if row["target"] != "gfx942"]
+    assert max(row["shared_bytes"] for row in on_nvidia) <= ops.LARGE_HEADS_MEMORY
+    assert max(row["shared_bytes"] for row in on_nvidia if row["head_dim"] <= 128) <= 99 * 1024  # 8.6, 8.9 and 12.0
     dtypes = {"bfloat16": {"sm_80", "sm_90", "sm_100", "gfx942"}, "float32": {"sm_80", "sm_90", "sm_100", "gfx942"}}
     for dtype, targets in (dtypes | {"float32 with TF32": {"sm_80", "sm_90", "sm_100"}}).items():
         for target, head_dim in product(targets, (64, 128, 256)):

@@ -237,7 +237,7 @@ def test_columns_of_a_sequence_do_not_depend_on_the_batch_or_padding():
     assert (a.stratum[0] == b.stratum[1][:, together.valid[1]]).all()
 
 
-def top(score, count, block_size=32):
+def top(score, count):
     """`shared_columns` of given scores `[B, H, n]`."""
     batch, heads, n = score.shape
     case = Case((n,) * batch, heads=heads, p=16)

@@ -31,13 +31,16 @@ def test_launches_are_those_of_the_model(method):
 
 def test_a_table_has_shares():
     rows = [
+        {"stage": measure_kernels.WHOLE, "seconds": 3e-6},
         {"stage": "columns", "seconds": 1e-6, "part": "choice", "floor_seconds": 5e-7},
         {"stage": "residual of the blocks", "seconds": 2e-6, "part": "residual", "floor_seconds": None},
         {"stage": "attention", "seconds": 1e-6, "part": "attention", "floor_seconds": 1e-6},
     ]
     text = measure_kernels.table([{"method": "adaptive", "p": 64, "n": 4096, "heads": 96, **row} for row in rows])
     assert "| columns | 1 | 0 | 25% |" in text and "| share of choosing |  |  | 25% |" in text
-    assert "| with the residual |  |  | 75% |" in text and "| **all** | 4 |" in text
+    assert "| with the residual |  |  | 75% |" in text and "| sum of the stages | 4 |" in text
+    with pytest.raises(KeyError, match=r"new\.kernel"):
+        measure_kernels.stages(["layout.layout", "new.kernel"])
 
 
 def test_without_a_gpu_it_says_so(tmp_path, capsys, monkeypatch):
@@ -53,4 +56,4 @@ def test_without_a_gpu_it_says_so(tmp_path, capsys, monkeypatch):
 def test_every_stage_takes_time(tmp_path):
     record = measure_kernels.main(["--output", str(tmp_path / "x"), "--lengths", "4096", "--repeats", "3"])
     assert json.loads((tmp_path / "x.json").read_text())["rows"] == record["rows"]
-    assert all(row["seconds"] > 0 for row in record["rows"] if row["stage"] != measure_kernels.OTHERS)
+    assert all(row["seconds"] > 0 for row in record["rows"])

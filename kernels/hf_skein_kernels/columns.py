@@ -46,18 +46,14 @@ def spread_along(
     """`kᵀCk` of some keys `[N, P]`, less their mean: `[N]`."""
     o_p = tl.arange(0, P)
     b_centred = b_k.to(tl.float32) - tl.load(p_key_mean + o_p, mask=o_p < p, other=0.0)[None, :]
-    if BT == P:
-        b_covariance = load_rows(p_covariance, p, o_p, o_p < p, o_p, o_p < p)
-        b_spread = tl.sum(dot(b_centred, b_covariance, None, PRECISION) * b_centred, 1)
-    else:
-        b_spread = tl.zeros([o_n.shape[0]], tl.float32)
-        for first in range(0, P, BT):
-            o_t = first + tl.arange(0, BT)
-            b_mean = tl.load(p_key_mean + o_t, mask=o_t < p, other=0.0)
-            # [P, BT], [N, BT]
-            b_covariance = load_rows(p_covariance, p, o_p, o_p < p, o_t, o_t < p)
-            b_t = load_rows(p_k, stride_n, o_n, m_n, o_t, o_t < p).to(tl.float32) - b_mean[None, :]
-            b_spread += tl.sum(dot(b_centred, b_covariance, None, PRECISION) * b_t, 1)
+    b_spread = tl.zeros([o_n.shape[0]], tl.float32)
+    for first in range(0, P, BT):
+        o_t = first + tl.arange(0, BT)
+        b_mean = tl.load(p_key_mean + o_t, mask=o_t < p, other=0.0)
+        # [P, BT], [N, BT]
+        b_covariance = load_rows(p_covariance, p, o_p, o_p < p, o_t, o_t < p)
+        b_t = load_rows(p_k, stride_n, o_n, m_n, o_t, o_t < p).to(tl.float32) - b_mean[None, :]
+        b_spread += tl.sum(dot(b_centred, b_covariance, None, PRECISION) * b_t, 1)
     return b_spread
 
 

@@ -37,6 +37,12 @@ CONFIGS: dict[str, dict[int, Config]] = {
         512: Config(32, 16, 8, 1),
     },
     "blocks": {64: Config(64, 32, 4, 2), 128: Config(64, 32, 4, 2), 256: Config(32, 32, 8, 1)},
+    "residual": {
+        64: Config(64, 32, 8, 2),
+        128: Config(64, 16, 8, 2),
+        256: Config(32, 32, 8, 1),
+        512: Config(32, 16, 8, 1),
+    },
     "forward": {
         64: Config(64, 64, 4, 2),
         128: Config(64, 32, 8, 2),
@@ -76,7 +82,7 @@ CONFIGS: dict[str, dict[int, Config]] = {
     },
     "score": {
         64: Config(16, 64, 8, 2),
-        128: Config(16, 32, 8, 2),
+        128: Config(32, 32, 8, 2),
         256: Config(16, 32, 8, 1),
         512: Config(16, 16, 8, 1),
     },

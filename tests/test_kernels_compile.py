@@ -87,9 +87,10 @@ def test_record_holds_every_kernel_for_every_target():
     kernels = {
         f"{path.stem}.{name}" for path in sources for name in re.findall(r"def (\w+)_kernel\(", path.read_text())
     }
-    on_nvidia = [row for row in rows if row["target"] != "gfx942"]
-    assert max(row["shared_bytes"] for row in on_nvidia) <= ops.LARGE_HEADS_MEMORY
-    assert max(row["shared_bytes"] for row in on_nvidia if row["head_dim"] <= 128) <= 99 * 1024  # 8.6, 8.9 and 12.0
+    # GPUs of 8.6 and 8.9, compiled for like sm_80, have 99 KiB; what larger heads need, `why_not` knows.
+    on_sm_80 = [row for row in rows if row["target"] == "sm_80"]
+    assert max(row["shared_bytes"] for row in on_sm_80 if row["head_dim"] <= 128) <= 99 * 1024
+    assert max(row["shared_bytes"] for row in on_sm_80) <= ops.LARGE_HEADS_MEMORY
     dtypes = {"bfloat16": {"sm_80", "sm_90", "sm_100", "gfx942"}, "float32": {"sm_80", "sm_90", "sm_100", "gfx942"}}
     for dtype, targets in (dtypes | {"float32 with TF32": {"sm_80", "sm_90", "sm_100"}}).items():
         for target, head_dim in product(targets, (64, 128, 256)):

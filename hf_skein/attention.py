@@ -139,7 +139,7 @@ def why_no_kernels(config: SkeinConfig, query: Tensor, value: Tensor) -> str | N
     from . import kernels  # triton takes a while to load, and is not there on every platform
 
     pilots = min(config.max_blocks, query.shape[2]) * (config.num_pilots or 1) if config.method == "adaptive" else 1
-    return kernels.why_not(query, value, config.resolved_strata, pilots)
+    return kernels.why_not(query, value, pilots)
 
 
 @functools.cache

@@ -415,10 +415,31 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def compare_costs(functions: dict[str, Callable[[], object]], repeats: int, device: str, title: str) -> dict[str, Cost]:
+def captured(function: Callable[[], object]) -> Callable[[], None]:
+    """The work of a function on the current CUDA device as a graph, which is launched as a whole."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # what is only done once must not be captured
+        for _ in range(3):
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+
+    def replay(_holds_what_is_read: object = function) -> None:
+        graph.replay()
+
+    return replay
+
+
+def compare_costs(
+    functions: dict[str, Callable[[], object]], repeats: int, device: str, title: str, cuda_graphs: bool = False
+) -> dict[str, Cost]:
     """Time and memory of each function, run in turn so that all see the same machine.
 
-    The first round warms up and measures memory, the following `repeats` rounds are timed.
+    The first round warms up and measures memory, the following `repeats` rounds are timed; with `cuda_graphs` as graphs
+    that were captured in between.
     """
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     mib = {}
@@ -429,6 +450,8 @@ def compare_costs(functions: dict[str, Callable[[], object]], repeats: int, devi
                 synchronize(device)
             mib[name] = peak.mib
             progress.update()
+        if cuda_graphs:
+            functions = {name: captured(function) for name, function in functions.items()}
         for _ in range(repeats):
             for name, function in functions.items():
                 begin = time.perf_counter()

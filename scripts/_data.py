@@ -20,6 +20,8 @@ from datasets import ClassLabel, Dataset, IterableDataset, List, load_dataset
 
 
 PARTS = ("train", "validation", "test")
+TRAIN_SPLIT = "train"  # unless another is named
+FRACTION = 0.1  # of the training documents, for a part that nothing else is given for
 TABLES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 
 Row = dict[str, Any]
@@ -106,7 +108,7 @@ def add_data_arguments(parser: argparse.ArgumentParser, columns: Mapping[str, st
         group.add_argument(
             f"--{name}-column", default=name, metavar="NAME", help=f"column of the {what} (default %(default)s)"
         )
-    group.add_argument("--train-split", default="train", metavar="SPLIT", help="default %(default)s (Hub only)")
+    group.add_argument("--train-split", default=TRAIN_SPLIT, metavar="SPLIT", help="default %(default)s (Hub only)")
     group.add_argument("--fold-regex", type=fold_regex, help="its first group, found in a file name, is the fold")
     for part in PARTS[1:]:
         source = group.add_mutually_exclusive_group()
@@ -116,9 +118,8 @@ def add_data_arguments(parser: argparse.ArgumentParser, columns: Mapping[str, st
         source.add_argument(
             f"--{part}-fraction",
             type=fraction,
-            default=0.1,
             metavar="X",
-            help="of the training documents (default %(default)s)" + ("; 0: no test" if part == "test" else ""),
+            help=f"of the training documents (default {FRACTION})" + ("; 0: no test" if part == "test" else ""),
         )
     for part in PARTS:
         group.add_argument(f"--max-{part}-documents", type=positive_int, metavar="N", help="take a random subset")
@@ -400,7 +401,8 @@ def split_rows(
         stratum: Parts and subsets are stratified by this.
 
     Returns:
-        `train`, but under `--streaming`; `validation`; `test`, unless `--test-fraction` is 0 or missing in a stream.
+        `train`, but under `--streaming`; `validation`; `test`, unless `--test-fraction` is 0, or it is missing beside a
+        stream.
 
     Raises:
         InputError: A part has no documents, or options do not fit together.
@@ -413,6 +415,11 @@ def split_rows(
         raise InputError("--max-train-documents cannot choose from a stream; --max-steps bounds what is read of it.")
     if args.dataset_config and _is_local(args.dataset):
         raise InputError(f"--dataset-config needs a dataset on the Hub; {args.dataset} is none.")
+    if args.train_split != TRAIN_SPLIT and _is_local(args.dataset):
+        raise InputError(f"--train-split needs a dataset on the Hub; {args.dataset} is none.")
+    for part in PARTS[1:]:
+        if args.streaming and getattr(args, f"{part}_fraction") is not None:
+            raise InputError(f"--{part}-fraction cannot be taken from a stream: give --{part}-file or a split.")
     parts, folds = {}, {}
     rest = None if args.streaming else reader.read(args.dataset, args.train_split)
     for part in PARTS[1:]:
@@ -442,6 +449,7 @@ def split_rows(
         left, total = order(rest), len(rest)
         for part in PARTS[1:]:
             share = getattr(args, f"{part}_fraction")
+            share = FRACTION if share is None else share
             if part not in parts and (share or part == "validation"):
                 count = round(share * total)
                 parts[part] = rest.select(np.sort(left[:count]))

@@ -7,6 +7,9 @@ check against the float64 reference, outputs and gradients, runs before anything
 
     python scripts/benchmark_speed.py --text text.txt --output benchmarks/results/speed_cpu
     python scripts/benchmark_speed.py --text text.txt --output runs/front --settings front --lengths 4096 --head-dim 64
+    python scripts/benchmark_speed.py --text text.txt --output benchmarks/results/speed_cuda --device cuda \
+        --dtype bfloat16 --head-dim 64 --lengths 4096 16384 65536 --copies 8 4 1 --max-exact 65536 \
+        --max-exact-backward 65536 --cuda-graphs
 
 A length that is done is kept; the same command again continues after an interruption.
 """
@@ -46,6 +49,7 @@ from _benchmark import (
 from _record import ResumableRecord
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import flex_attention
 
 from hf_skein import SkeinConfig
 
@@ -126,26 +130,44 @@ def skein(config: SkeinConfig, inputs: LayerInputs, layer: int) -> Tensor:
     return sketch(inputs, config, layer)
 
 
+def copied(inputs: LayerInputs, copies: int) -> LayerInputs:
+    """The heads so many times over: as much work as a batch of so many sequences."""
+    return LayerInputs(*(as_transformers_passes(x.repeat(copies, 1, 1)) for x in inputs[:3]), inputs.scale)
+
+
+def flex(inputs: LayerInputs, layer: int) -> Tensor:
+    """PyTorch's flex_attention, compiled; arguments and result as of `skein`."""
+    query, key, value = (x[None] for x in inputs[:3])
+    return _compiled_flex_attention()(query, key, value, scale=inputs.scale)[0]
+
+
+@functools.cache
+def _compiled_flex_attention() -> Callable[..., Tensor]:
+    return torch.compile(flex_attention, dynamic=False, fullgraph=True)
+
+
 def exact_calls(args: argparse.Namespace, inputs: LayerInputs) -> dict[str, Attention]:
-    """Exact attention as PyTorch chooses and, on CUDA, by each backend that takes the inputs."""
+    """Exact attention as PyTorch chooses and, on CUDA, by each backend that takes the inputs and by flex_attention."""
     calls: dict[str, Attention] = {EXACT: functools.partial(exact, None)}
     if torch.device(args.device).type == "cpu":
         return calls
+    torch.compiler.reset()  # flex_attention is compiled for each length, and for few lengths at a time
     few = LayerInputs(*(x[:, :64] for x in inputs[:3]), inputs.scale)
-    for name, backend in CUDA_BACKENDS.items():
+    others = {name: functools.partial(exact, backend) for name, backend in CUDA_BACKENDS.items()}
+    for name, call in (others | {"exact (flex)": flex}).items():
         try:
-            exact(backend, few, 0)
-        except RuntimeError:  # what PyTorch raises where a backend does not take a dtype or a device
-            print(f"{name} is not available in {args.dtype}.")
+            call(few, 0)
+        except RuntimeError as error:  # what PyTorch raises where a backend does not take a dtype or a device
+            print(f"{name} is not available in {args.dtype}: {str(error).splitlines()[0]}")
         else:
-            calls[name] = functools.partial(exact, backend)
+            calls[name] = call
     return calls
 
 
-def measure(args: argparse.Namespace, methods: dict[str, SkeinConfig], length: int) -> list[dict[str, Any]]:
-    """One row per method: seconds and memory of each pass, how many times faster than exact, and the error."""
+def measure(args: argparse.Namespace, methods: dict[str, SkeinConfig], length: int, copies: int) -> list[dict]:
+    """One row per method: seconds and memory of each pass, how many times faster than the fastest exact one, error."""
     layers = layer_inputs(args, length)
-    timed = layers[args.timed_layer]
+    timed = copied(layers[args.timed_layer], copies)
     exact_ones = exact_calls(args, timed)
     calls = exact_ones | {name: functools.partial(skein, config) for name, config in methods.items()}
     costs = {}
@@ -163,7 +185,7 @@ def measure(args: argparse.Namespace, methods: dict[str, SkeinConfig], length: i
             functions |= {
                 (name, "float32"): functools.partial(run, calls[name], wide, args.timed_layer) for name in methods
             }
-        costs[what] = compare_costs(functions, args.repeats, args.device, f"{length} tokens, {what}")
+        costs[what] = compare_costs(functions, args.repeats, args.device, f"{length} tokens, {what}", args.cuda_graphs)
 
     rows = None
     if length > args.max_exact:
@@ -174,11 +196,13 @@ def measure(args: argparse.Namespace, methods: dict[str, SkeinConfig], length: i
     for name in calls:
         row = {"n": length, "method": name, "error": sum(found[name]) / len(found[name]), "layer_errors": found[name]}
         row["error_rows"] = length if rows is None else len(rows)
+        row["heads"] = len(timed.query)
         for what in PASSES:
             if name in costs[what]:
                 row |= costs[what][name].row(what)
             if name in costs[what] and EXACT in costs[what]:
-                row[f"{what}_speedup"] = costs[what][EXACT].seconds / costs[what][name].seconds
+                fastest = min(costs[what][other].seconds for other in exact_ones)
+                row[f"{what}_speedup"] = fastest / costs[what][name].seconds
             if (name, "float32") in costs[what]:
                 row[f"{what}_float32_seconds"] = costs[what][name, "float32"].seconds
         table.append(row)
@@ -211,13 +235,14 @@ def forward_backward(call: Attention, inputs: LayerInputs, layer: int) -> None:
 
 
 def growth(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """How many times the seconds and the memory grow where the length grows four times."""
+    """How many times the seconds and the memory of a head grow where the length grows four times."""
     by_key = {(row["method"], row["n"]): row for row in rows}
     result = []
     for (method, n), row in by_key.items():
         longer = by_key.get((method, 4 * n), {})
         fields = [f"{what}_{unit}" for what in PASSES for unit in ("seconds", "mib")]
-        factors = {field: longer[field] / row[field] for field in fields if row.get(field) and longer.get(field)}
+        heads = row["heads"] / longer["heads"] if longer else 1
+        factors = {f: heads * longer[f] / row[f] for f in fields if row.get(f) and longer.get(f)}
         if factors:
             result.append({"method": method, "from": n, "to": 4 * n, **factors})
     return result
@@ -255,6 +280,8 @@ def plot(record: dict[str, Any], args: argparse.Namespace) -> None:
     lengths = sorted({row["n"] for row in rows})
     at = args.front_length if args.front_length in lengths else lengths[-1]
     methods = list(dict.fromkeys(row["method"] for row in rows))
+    shape = record["shape"]
+    milliseconds = {id(row): 1e3 * row["forward_seconds"] * shape["heads"] / row["heads"] for row in rows}
     if len(methods) > 10:
         left.set_prop_cycle(color=matplotlib.colormaps["tab20"].colors)
     for method in methods:
@@ -262,7 +289,7 @@ def plot(record: dict[str, Any], args: argparse.Namespace) -> None:
         style = {"color": "black"} if method == EXACT else {}
         (line,) = left.plot(
             [row["n"] for row in mine],
-            [1e3 * row["forward_seconds"] for row in mine],
+            [milliseconds[id(row)] for row in mine],
             marker="o",
             markersize=4,
             label=method,
@@ -270,13 +297,13 @@ def plot(record: dict[str, Any], args: argparse.Namespace) -> None:
         )
         for row in mine:
             if row["n"] == at and method.startswith("exact"):
-                right.axvline(1e3 * row["forward_seconds"], color=line.get_color(), linestyle="dotted")
+                right.axvline(milliseconds[id(row)], color=line.get_color(), linestyle="dotted")
             elif row["n"] == at:
-                right.scatter(1e3 * row["forward_seconds"], row["error"], color=line.get_color())
+                right.scatter(milliseconds[id(row)], row["error"], color=line.get_color())
                 right.annotate(
-                    method, (1e3 * row["forward_seconds"], row["error"]), (4, 4), textcoords="offset points", fontsize=7
+                    method, (milliseconds[id(row)], row["error"]), (4, 4), textcoords="offset points", fontsize=7
                 )
-    points = sorted((1e3 * row["forward_seconds"], row["error"]) for row in rows if row["n"] == at)
+    points = sorted((milliseconds[id(row)], row["error"]) for row in rows if row["n"] == at)
     best = [point for i, point in enumerate(points) if point[1] < min((e for _, e in points[:i]), default=math.inf)]
     right.step(*zip(*best, strict=True), where="post", color="gray", linewidth=0.8, zorder=0)
     over_lengths(left, lengths, yscale="log", ylabel="forward of one layer, ms")
@@ -286,7 +313,6 @@ def plot(record: dict[str, Any], args: argparse.Namespace) -> None:
     right.set_ylim(bottom=0)
     right.set_title(f"{at} tokens", fontsize=10)
     right.grid(alpha=0.3)
-    shape = record["shape"]
     widened = " (widened)" if record["head_dim"] else ""
     title = (
         f"One layer of {record['model']} on text, {shape['heads']} heads, p={shape['p']}{widened}, {record['dtype']}"
@@ -304,8 +330,17 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--max-exact", type=int, default=16384, metavar="N", help="default %(default)s tokens")
     parser.add_argument("--max-exact-backward", type=int, default=8192, metavar="N", help="default %(default)s tokens")
     parser.add_argument("--front-length", type=int, default=4096, metavar="N", help="of the plot of error against time")
+    parser.add_argument(
+        "--copies", type=int, nargs="+", metavar="N", help="heads so many times over, for each length (default: once)"
+    )
+    parser.add_argument("--cuda-graphs", action="store_true", help="time CUDA graphs, without the cost of launches")
     args = parser.parse_args(argv)
-    args.lengths.sort()
+    args.copies = args.copies or [1] * len(args.lengths)
+    if len(args.copies) != len(args.lengths) or min(args.copies) < 1:
+        parser.error(f"--copies needs one number, at least 1, for each of the {len(args.lengths)} lengths.")
+    if args.cuda_graphs and torch.device(args.device).type != "cuda":
+        parser.error(f"--cuda-graphs needs --device cuda; it is {args.device}.")
+    args.lengths, args.copies = map(list, zip(*sorted(zip(args.lengths, args.copies, strict=True)), strict=True))
     args.timed_layer = sorted(args.layers)[len(args.layers) // 2]
 
     methods = make_methods(args)
@@ -315,9 +350,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     heads, _, p = layer_inputs(args, 16)[args.timed_layer].query.shape
     header |= {"shape": {"batch": 1, "heads": heads, "p": p}}
     header |= {"methods": {name: config.to_dict() for name, config in methods.items()}}
-    record = ResumableRecord(args.output, header, ("lengths", "front_length"))
-    for length in args.lengths:
-        print_rows(record.part(str(length), functools.partial(measure, args, methods, length)))
+    record = ResumableRecord(args.output, header, ("lengths", "copies", "front_length"))
+    for length, copies in zip(args.lengths, args.copies, strict=True):
+        name = f"{length} x {copies}" if copies > 1 else str(length)
+        print_rows(record.part(name, functools.partial(measure, args, methods, length, copies)))
     factors = growth(record.rows)
     print_growth(factors)
     result = record.finish(growth=factors)

@@ -1,9 +1,8 @@
 """Compile every Triton kernel ahead of time, for every configuration and several GPUs; none of them is needed.
 
 The launchers run as they would on a GPU, forward and backward, but each launch compiles its kernel and goes no further.
-So what is compiled is what is launched. For each kernel the record holds registers, the stack that spilled registers
-take, and shared memory, and whether it fits. It also writes the table of docs/kernels.md. Interrupted, it goes on where
-it was.
+So what is compiled is what is launched. For each kernel the record holds registers, bytes that spilled, and shared
+memory, and whether it fits. It also writes the table of docs/kernels.md. Interrupted, it goes on where it was.
 
     python scripts/compile_kernels.py --jobs 2             # every kernel in every configuration
     python scripts/compile_kernels.py --target sm_90 --head-dim 64 --dtype bfloat16 --output sm_90.json
@@ -48,16 +47,20 @@ from hf_skein_kernels import ops, tiles
 ROOT = Path(__file__).parents[1]
 RECORD = ROOT / "benchmarks" / "results" / "kernels_compiled.json"
 DOCUMENT = ROOT / "docs" / "kernels.md"
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+# With TF32 means that PyTorch is allowed it.
+DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+    "float32 with TF32": torch.float32,
+}
 
-# By dtype, heads that together take every configuration of `tiles.CONFIGS`: numbers of float32 count twice.
-HEAD_DIMS = {"bfloat16": (64, 128, 256), "float16": (64, 128, 256), "float32": (256,)}
+HEAD_DIMS = (64, 128, 256)  # which take every configuration of `tiles.CONFIGS`
 
 # Bytes that ptxas spills by choice, far below the limit of registers, so that more programs run side by side.
 _CHOSEN_SPILL = 16
 
-# By option: what `skein_attention` is called with, so that every branch of every kernel is compiled. The first three
-# hold every kernel, the first one all that the default settings launch.
+# By name: what `skein_attention` is called with, so that every branch of every kernel is compiled.
 VARIANTS: dict[str, dict[str, Any]] = {
     "adaptive": {},
     "skeinformer": {"method": "skeinformer", "kind": "geometric", "num_pilots": 128},
@@ -65,7 +68,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "adaptive, dropout": {"dropout": 0.1},
     "adaptive, uniform, mean residual": {"uniform": True, "kind": "mean"},
     "adaptive, no residual": {"kind": "simple"},
-    "skeinformer, second order": {"method": "skeinformer", "num_pilots": 128},
+    "skeinformer, second order, pilots looked at only": {
+        "method": "skeinformer",
+        "num_pilots": 128,
+        "pilot_reutilization": False,
+    },
+    "adaptive, plain": {"plain": True},
+    "skeinformer, plain": {"method": "skeinformer", "kind": "geometric", "num_pilots": 128, "plain": True},
 }
 
 
@@ -106,19 +115,18 @@ class _Driver:
 
 
 @contextmanager
-def compiling(target: str, only: Collection[str] = (), done: Collection[str] = ()) -> Iterator[list]:
+def compiling(target: str, only: Collection[str] = ()) -> Iterator[list]:
     """Within it a launch compiles the kernel for the target and appends what Triton made of it to the list.
 
     Args:
         target: A name of `TARGETS`.
         only: Kernels, as `file.name`; empty for all.
-        done: Kernels that are left out.
     """
     compiled, run = [], JITFunction.run
 
     def compile_only(self, *args, grid, warmup, **kwargs):
         name = f"{self.__module__.rpartition('.')[2]}.{self.__name__.removesuffix('_kernel')}"
-        if name not in done and (not only or name in only):
+        if not only or name in only:
             compiled.append((name, run(self, *args, grid=grid, warmup=True, **kwargs)))
 
     def zeros(make):  # nothing is computed, but launchers may use a result as an index
@@ -146,14 +154,18 @@ def kernels_sha256() -> str:
     return digest.hexdigest()
 
 
-def launch(dtype: torch.dtype, head_dim: int, **options: Any) -> None:
-    """Forward and backward of a small ragged batch with grouped queries, at the default sizes of the selection."""
-    n, heads, kv_heads = 2048, 2, 1
+def launch(dtype: str, head_dim: int, plain: bool = False, **options: Any) -> None:
+    """Forward and backward of a small ragged batch with grouped queries, at the default sizes of the selection.
+
+    Plain: without masks and groups, in one chunk; Triton compiles arguments that are 1 as constants.
+    """
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if "TF32" in dtype else "ieee"
+    n, heads, kv_heads = (1000, 2, 2) if plain else (2048, 2, 1)
     query, key, value = (
-        torch.zeros(1, n, h, head_dim, dtype=dtype).transpose(1, 2).requires_grad_()
+        torch.zeros(1, n, h, head_dim, dtype=DTYPES[dtype]).transpose(1, 2).requires_grad_()
         for h in (heads, kv_heads, kv_heads)
     )
-    mask = torch.ones(1, n, dtype=torch.bool)
+    mask = None if plain else torch.ones(1, n, dtype=torch.bool)
     output = ops.skein_attention(query, key, value, mask, mask, **options)
     output.backward(torch.zeros_like(output))
 
@@ -185,56 +197,47 @@ def _run(*command: Any) -> str:
     return done.stdout + done.stderr
 
 
-def describe(name: str, kernel: Any) -> dict[str, Any]:
-    constants = {kernel.src.fn.arg_names[path[0]]: value for path, value in kernel.src.constants.items()}
-    return {
-        "kernel": name,
-        "warps": kernel.metadata.num_warps,
-        "stages": kernel.metadata.num_stages,
-        "constants": ", ".join(f"{k}={v}" for k, v in constants.items() if v is not None),
-    }
-
-
 def compile_part(
-    dtype: str, head_dim: int, target: str, variants: Collection[str] | None, only: Collection[str] = ()
+    dtype: str, head_dim: int, target: str, variants: Collection[str], only: Collection[str] = ()
 ) -> list[dict]:
-    """One row per kernel and specialisation.
-
-    Without `variants`, a kernel is compiled as the first variant that launches it does.
+    """One row per kernel and configuration, with the most that any of its specialisations takes.
 
     Raises:
         triton.CompilationError: A kernel does not build (or another of Triton's errors).
     """
-    rows, seen = [], set()
-    for variant in variants or VARIANTS:
-        done = () if variants else {row["kernel"] for row in rows}
-        with compiling(target, only, done) as compiled:
-            launch(DTYPES[dtype], head_dim, **VARIANTS[variant])
+    rows: dict[tuple, dict] = {}
+    seen = set()
+    for variant in variants:
+        with compiling(target, only) as compiled:
+            launch(dtype, head_dim, **VARIANTS[variant])
         for name, kernel in compiled:
             if kernel.hash in seen:
                 continue
             seen.add(kernel.hash)
-            used = resources(kernel)
-            fits = used["shared_bytes"] <= TARGETS[target].shared
-            where = {"target": target, "dtype": dtype, "head_dim": head_dim, "variant": variant}
-            rows.append({**where, **describe(name, kernel), **used, "fits": fits})
-    return rows
+            options = {"warps": kernel.metadata.num_warps, "stages": kernel.metadata.num_stages}
+            row = {"target": target, "dtype": dtype, "head_dim": head_dim, "kernel": name, **options}
+            row = rows.setdefault((name, *options.values()), {**row, "specialisations": 0})
+            row["specialisations"] += 1
+            for resource, used in resources(kernel).items():
+                row[resource] = max(used, row.get(resource, 0))
+            row["fits"] = row["shared_bytes"] <= TARGETS[target].shared
+    return list(rows.values())
 
 
 def problems(rows: list[dict]) -> list[str]:
-    """What must not be: more shared memory than there is; spills of heads of at most 128 numbers, in 16 bits."""
+    """What must not be: more shared memory than there is; spills of heads of at most 128 numbers."""
     found = []
     for row in rows:
         name = " ".join(str(row[key]) for key in ("target", "kernel", "dtype", "head_dim"))
         if not row["fits"]:
             found.append(f"{name}: {row['shared_bytes']} bytes of shared memory, of {TARGETS[row['target']].shared}")
-        if row["spilled_bytes"] > _CHOSEN_SPILL and row["head_dim"] <= 128 and row["dtype"] != "float32":
+        if row["spilled_bytes"] > _CHOSEN_SPILL and row["head_dim"] <= 128:
             found.append(f"{name}: {row['spilled_bytes']} bytes per thread spilled")
     return sorted(set(found))
 
 
 def table(rows: list[dict], dtype: str = "bfloat16") -> str:
-    """Markdown: for each kernel and head dimension the most that any of its variants takes, by target."""
+    """Markdown: for each kernel and head dimension the most that it takes, by target."""
     targets = list(dict.fromkeys(row["target"] for row in rows))
     cells: dict[tuple, dict[str, list]] = {}
     for row in rows:
@@ -254,10 +257,10 @@ def table(rows: list[dict], dtype: str = "bfloat16") -> str:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS))
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bfloat16", "float32"])
-    parser.add_argument("--head-dim", nargs="+", type=int, help="default: what takes every configuration")
-    parser.add_argument("--variant", nargs="+", choices=VARIANTS, help="default: the first that launches a kernel")
-    parser.add_argument("--kernel", nargs="+", default=(), help="only these, as file.name, such as columns.select")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bfloat16", "float32", "float32 with TF32"])
+    parser.add_argument("--head-dim", nargs="+", type=int, default=HEAD_DIMS)
+    parser.add_argument("--variant", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--kernel", nargs="+", default=(), help="only these, as file.name, such as columns.top")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--output", type=Path, default=RECORD)
     parser.add_argument("--table", action="store_true", help="write the table of docs/kernels.md from the record")
@@ -275,8 +278,9 @@ def main(arguments: list[str] | None = None) -> int:
     parts = {
         f"{dtype} {head_dim} {target}": (dtype, head_dim, target)
         for dtype in options.dtype
-        for head_dim in options.head_dim or HEAD_DIMS[dtype]
+        for head_dim in options.head_dim
         for target in options.target
+        if "TF32" not in dtype or TARGETS[target].gpu.backend == "cuda"  # elsewhere the kernels never take it
     }
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
         coming = {

@@ -4,7 +4,8 @@
     python scripts/kernel_costs.py --table    # write it into docs/kernels.md
 
 Bytes count what a stage reads and writes once per launch, as if nothing stayed in a cache; operations count products, a
-multiply and an add as two. A stage takes at least as long as either, and stages follow one another.
+multiply and an add as two, and twice that where they are multiplied in float32, with TF32 at half the speed. A stage
+takes at least as long as either, and stages follow one another.
 """
 
 from __future__ import annotations
@@ -45,13 +46,14 @@ class Stage(NamedTuple):
         name: What it does.
         bytes: Read and written.
         operations: Of products.
-        attends: Whether it is the attention itself, not what prepares it.
+        part: What it is for: `"choice"` of blocks and columns, `"residual"` (statistics of the other keys) or
+            `"attention"`.
     """
 
     name: str
     bytes: float
     operations: float
-    attends: bool = False
+    part: str = "choice"
 
     def seconds(self, gpu: Gpu, heads: int) -> float:
         return heads * max(self.bytes / gpu.bandwidth, self.operations / gpu.speed)
@@ -66,31 +68,33 @@ def _parts(n: int, numbers: int) -> float:
     return math.ceil(n / CHUNK) * numbers * 4 * 2
 
 
-def _shared(n: int, p: int, strata: int) -> list[Stage]:
-    rows = n * p * WIDTH
-    sample = SAMPLE["strata"] * strata
-    return [
-        Stage("means of keys and values", 2 * rows, 0),
-        Stage("strata", sample * p * WIDTH + rows + 4 * n, 2 * strata * p * (4 * 2 * sample + n)),
-        Stage(
-            "sums over strata, and products",
-            2 * rows + 4 * n + _parts(n, 2 * p * (strata + p)),
-            4 * n * p * (strata + p),
-        ),
-    ]
+def _sums(n: int, p: int, strata: int) -> Stage:
+    return Stage(
+        "sums over strata, and products",
+        2 * n * p * WIDTH + 4 * n + _parts(n, 2 * p * (strata + p)),
+        4 * n * p * (strata + p),
+        "residual",
+    )
 
 
 def _attention(n: int, p: int, keys: int, blocks: int, d: int, strata: int) -> list[Stage]:
     """Residual and attention of `blocks` blocks to `keys` columns and strata; second order if there are strata."""
-    within = blocks * p * 2 * p if strata else 0
-    statistics = blocks * (2 * d * p * WIDTH + strata * 2 * p * 4) + 4 * within
+    means = max(strata, 1)  # of one stratum at least
+    written = 4 * (means * 2 * p + (p * 2 * p if strata else 0))
+    read = 2 * d * p * WIDTH
+    products = 2 * (d + 2 * strata) * p * 2 * p if strata else 0
     return [
-        Stage("residual of the blocks", statistics, 2 * blocks * (d + strata) * 2 * p * p if strata else 0),
+        Stage(
+            "residual of the blocks",
+            blocks * (read + written) + (written if strata else 0),
+            blocks * (2 * d * means * 2 * p + products),
+            "residual",
+        ),
         Stage(
             "attention",
-            2 * n * p * WIDTH + 8 * n + statistics,
-            4 * n * keys * p + (4 * n * p * p if strata else 0),
-            True,
+            2 * n * p * WIDTH + 8 * n + blocks * (read + written),
+            4 * n * keys * p + (2 * 4 * n * p * p if strata else 0),
+            "attention",
         ),
     ]
 
@@ -99,24 +103,31 @@ def adaptive(n: int, p: int, config: SkeinConfig) -> list[Stage]:
     """The stages of the forward pass of `method="adaptive"`, as the launchers run them."""
     blocks, d, c = num_blocks(n, config), config.num_columns, config.num_strata
     rows, levels, pilots = n * p * WIDTH, int(math.log2(blocks)), TILE * math.ceil(blocks / TILE)
-    sample = SAMPLE["routing"] * p * WIDTH * math.ceil(p / 64)
-    level = 3 * 8 * n + 4 * n + (4 + 4 * COMPONENTS) * n / 5
-    means, strata, sums = _shared(n, p, c)
+    points = 4 * COMPONENTS * n
+    keys = SAMPLE["strata"] * c  # that k-means looks at
     return [
-        means,
+        Stage(
+            "exact rows, and means of keys and values",
+            2 * rows + _parts(n, 2 * p + config.exact_rows * (p + 1)),
+            4 * n * p * max(TILE, config.exact_rows),
+            "attention",
+        ),
         Stage(
             "routing: coordinates",
-            2 * sample + rows + 4 * COMPONENTS * n,
-            4 * SAMPLE["routing"] * p * p + 2 * n * p * TILE,
+            2 * SAMPLE["routing"] * p * WIDTH + 2 * 2 * 4 * p * p + 2 * 4 * COMPONENTS * p + rows + 4 * n + points,
+            2 * 2 * 2 * SAMPLE["routing"] * p * p + 2 * n * p * TILE,
         ),
-        Stage("routing: tree", levels * level, 0),
-        Stage("pilots", rows + 4 * n + SAMPLE["pilots"] * p * WIDTH, 2 * SAMPLE["pilots"] * p * p),
-        Stage("scores without pilots", 2 * rows + 4 * n + 4 * p * p, 2 * n * p * p),
-        Stage("columns, four passes", 4 * (rows + 8 * n), 4 * 2 * n * p * pilots),
-        strata,
-        sums,
+        Stage("routing: tree", levels * (4 * n + points + 4 * n), 0),
+        Stage("pilots", rows + 4 * n + SAMPLE["pilots"] * p * WIDTH, 2 * 2 * SAMPLE["pilots"] * p * p),
+        Stage("strata: means", 2 * (keys * p * WIDTH + 2 * 4 * c * p), 2 * 4 * keys * p * c),
+        Stage(
+            "scores, and strata of keys",
+            2 * rows + 4 * p * p + 4 * n + 4 * n * blocks,
+            2 * n * p * (2 * p + c + pilots),
+        ),
+        Stage("columns", 4 * n * blocks + 4 * n + 4 * blocks * d + 8 * n, 0),
+        _sums(n, p, c),
         *_attention(n, p, d + c, blocks, d, c),
-        Stage("exact rows", 2 * rows, 4 * n * p * config.exact_rows, True),
     ]
 
 
@@ -125,10 +136,14 @@ def skeinformer(n: int, p: int, config: SkeinConfig) -> list[Stage]:
     d = config.num_columns
     rows = n * p * WIDTH
     return [
-        Stage("means of keys and values", 2 * rows, 0),
-        Stage("exact rows of the pilots", 2 * rows + _parts(n, d * (p + 1)), 4 * n * p * d, True),
-        Stage("pilots: probabilities", 2 * rows + 4 * n, 2 * n * p * d),
-        Stage("columns, four passes", 4 * 8 * n, 0),
+        Stage(
+            "exact rows, and means of keys and values",
+            2 * rows + _parts(n, 2 * p + d * (p + 1)),
+            4 * n * p * d,
+            "attention",
+        ),
+        Stage("scores by the pilots", 2 * rows + 4 * n, 2 * n * p * d),
+        Stage("columns", 8 * n + 8 * n, 0),
         *_attention(n, p, d + 1, 1, d, 0),
     ]
 
@@ -154,16 +169,18 @@ def table(method: str, p: int) -> str:
         for n, s in zip(by_length, stages, strict=True):
             row += cells(n, s.bytes, s.operations, [s.seconds(gpu, HEADS[n]) for gpu in GPUS.values()])
         body.append(row)
-    total, ratio, prepares = ["**all stages**"], ["exact attention at its floor, over this"], ["share before attention"]
+    total, ratio = ["**all stages**"], ["exact attention at its floor, over this"]
+    chooses, prepares = ["share of choosing"], ["share of choosing and of the residual"]
     for n, stages in by_length.items():
         seconds = [sum(s.seconds(gpu, HEADS[n]) for s in stages) for gpu in GPUS.values()]
         total += cells(n, sum(s.bytes for s in stages), sum(s.operations for s in stages), seconds)
         ratios = [exact_seconds(n, p, gpu, HEADS[n]) / s for gpu, s in zip(GPUS.values(), seconds, strict=True)]
         ratio.append(" / ".join(f"{x:.1f}x" for x in ratios))
-        before = [sum(s.seconds(gpu, HEADS[n]) for s in stages if not s.attends) for gpu in GPUS.values()]
-        prepares.append(" / ".join(f"{b / s:.0%}" for b, s in zip(before, seconds, strict=True)))
+        for cell, parts in ((chooses, ("choice",)), (prepares, ("choice", "residual"))):
+            some = [sum(s.seconds(gpu, HEADS[n]) for s in stages if s.part in parts) for gpu in GPUS.values()]
+            cell.append(" / ".join(f"{a / b:.0%}" for a, b in zip(some, seconds, strict=True)))
     head = [f"`{method}`, p={p}", *(f"n={n}, {heads} heads" for n, heads in HEADS.items())]
-    return markdown_table(head, [*body, total, prepares, ratio])
+    return markdown_table(head, [*body, total, chooses, prepares, ratio])
 
 
 def tables() -> str:

@@ -47,6 +47,31 @@ def test_in_16_bits_the_sketch_in_float32_is_timed_beside_it(text, tmp_path):
         assert mine[f"{what}_float32_seconds"] > 0 and f"{what}_float32_seconds" not in exact
 
 
+def test_heads_can_be_taken_several_times_over(text, tmp_path, capsys):
+    arguments = ("--settings", "none", "--setting", "mine:num_columns=64", "--lengths", 256, 128, "--copies", 1, 3)
+    rows = run(text, tmp_path / "copies", *arguments)["rows"]
+    assert [(row["n"], row["heads"]) for row in rows] == [(128, 36), (128, 36), (256, 12), (256, 12)]
+    for wrong, message in (
+        (("--copies", "2"), "one number, at least 1, for each of the 2 lengths"),
+        (("--copies", "2", "0"), "one number, at least 1, for each of the 2 lengths"),
+        (("--cuda-graphs",), "--cuda-graphs needs --device cuda; it is cpu"),
+    ):
+        with pytest.raises(SystemExit):
+            run(text, tmp_path / "wrong", "--lengths", 256, 128, *wrong)
+        assert message in capsys.readouterr().err
+    assert not list(tmp_path.glob("wrong*"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("graphs", [(), ("--cuda-graphs",)])
+def test_on_a_gpu_every_backend_is_measured(graphs, text, tmp_path):
+    arguments = ("--device", "cuda", "--dtype", "bfloat16", "--head-dim", 64, "--lengths", 600, "--copies", 2)
+    rows = run(text, tmp_path / "gpu", *arguments, *graphs)["rows"]
+    assert {"exact (sdpa)", "exact (efficient)", "exact (flex)"} <= {row["method"] for row in rows}
+    assert all(row["forward_seconds"] > 0 and row["forward_backward_seconds"] > 0 for row in rows)
+
+
 def test_the_error_falls_with_more_columns_and_smaller_blocks(text, tmp_path, monkeypatch):
     # Of so many settings these take long.
     monkeypatch.setattr(benchmark_speed, "check", lambda *_: None)
@@ -92,11 +117,11 @@ def test_an_interrupted_run_continues(text, tmp_path, monkeypatch):
     measure = benchmark_speed.measure
     measured = []
 
-    def interrupted(args, methods, length):
+    def interrupted(args, methods, length, copies):
         measured.append(length)
         if measured == [100, 200]:
             raise KeyboardInterrupt
-        return measure(args, methods, length)
+        return measure(args, methods, length, copies)
 
     monkeypatch.setattr(benchmark_speed, "measure", interrupted)
     with pytest.raises(KeyboardInterrupt):

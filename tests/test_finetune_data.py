@@ -154,6 +154,8 @@ def test_folds_files_and_subsets(tmp_path, reviews):
         (["--validation-fraction", "0"], "no validation documents"),
         (["--streaming", "--max-train-documents", "3"], "--max-train-documents cannot choose from a stream"),
         (["--dataset-config", "en"], "--dataset-config needs a dataset on the Hub"),
+        (["--train-split", "dev"], "--train-split needs a dataset on the Hub"),
+        (["--streaming", "--test-fraction", "0.1"], "--test-fraction cannot be taken from a stream"),
     ],
 )
 def test_bad_split(reviews, more, message):

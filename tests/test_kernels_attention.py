@@ -76,8 +76,8 @@ def reference_selection(query, key, value, query_mask, key_mask, config, scale):
         exact_rows[i, :, : s.exact_rows.shape[1]] = queries[s.exact_rows].int().masked_fill(repeated, -1)
         stratum[i][:, keys] = s.stratum[:: heads // kv_heads].int()
     nothing = torch.empty(batch, heads, 0, value.shape[-1], device=DEVICE)
-    chosen = Selection(order, columns, exact_rows, stratum, nothing, nothing[..., 0])
-    return layout, mark_exact(chosen), selections
+    marked = mark_exact(order, exact_rows, layout)[0]
+    return layout, Selection(marked, columns, exact_rows, stratum, nothing, nothing[..., 0]), selections
 
 
 def sequence(query, key, value, layout, i):
@@ -104,7 +104,7 @@ def reference(query, key, value, layout, selections, config, scale):
 
 
 def attend(query, key, value, layout, selection, config, scale, is_ragged=True, dropout=0.0, seed=None):
-    means = [moments.means(x.detach(), layout.key_index, layout.key_length) for x in (key, value)]
+    means = exact_rows.rows_and_means(query.detach(), key.detach(), value.detach(), 0, layout, scale)[:2]
     is_adaptive = config.method == "adaptive"
     kind = config.resolved_residual if config.row_normalization == "adaptive" else config.row_normalization
     return ops.attend(
@@ -136,6 +136,7 @@ def check(query, key, value, query_mask, key_mask, config, scale=None):
 CASES = {
     "plain": ({}, {"n_q": 65}),
     "one block, many strata": ({"max_blocks": 1, "num_strata": 40}, {"n_q": 63, "batch": 1}),
+    "more strata than a tile has": ({"num_strata": 530}, {"n_q": 65, "n_k": 560, "batch": 1, "p": 16}),
     "one stratum, no exact row": ({"num_strata": 1, "exact_rows": 0}, {"n_q": 33, "n_k": 70, "batch": 1}),
     "several exact rows, pv != p": ({"exact_rows": 5}, {"n_q": 65, "p": 40, "pv": 20, "kv_heads": 2}),
     "few queries": ({"block_size": 16}, {"n_q": 17, "n_k": 80, "heads": 4, "kv_heads": 2, "batch": 1}),

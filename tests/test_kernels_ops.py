@@ -10,6 +10,7 @@ import triton.language as tl
 from test_attention import error, exact
 from test_registration import TINY
 from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModel, BertConfig
 
 import hf_skein
@@ -115,17 +116,33 @@ def test_a_mask_may_be_a_transposed_view(poisoned):
     assert torch.equal(output, skein_attention(query, key, value, mask.contiguous(), config=config))
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32, torch.uint8])
+def test_a_mask_may_have_another_dtype(dtype, poisoned):
+    query, key, value = inputs(60, batch=2)
+    mask = torch.rand(2, 60, device=DEVICE) < 0.7
+    output = ops.skein_attention(query, key, value, 3 * mask.to(dtype), num_columns=16, exact_length=16)
+    assert torch.equal(output, ops.skein_attention(query, key, value, mask, num_columns=16, exact_length=16))
+
+
 @pytest.mark.parametrize(
-    ("settings", "reason"),
-    [
-        ({"num_strata": 257}, r"up to 256 strata of torch\.float32; num_strata is 257"),
-        ({"max_blocks": 64, "num_pilots": 2048, "block_size": 1}, "up to 65535 pilots .* there may be 81920"),
-    ],
+    "options", [{"exact_rows": 0, "block_size": 64}, {"method": "skeinformer", "pilot_reutilization": False}]
 )
-def test_what_the_kernels_have_no_room_for(settings, reason):
+def test_one_head_without_exact_rows(options, poisoned):
+    """Where the order of the queries is that of the layout, the operator must not return it twice."""
+    query, key, value = inputs(40, heads=1)
+    output = ops.skein_attention(query, key, value, num_columns=16, exact_length=16, **options)
+    assert error(output, exact(query, key, value)) < 0.5
+
+
+def test_without_keys_rows_are_zero():
+    query, key, value = inputs(5, 1)
+    assert torch.equal(ops.skein_attention(query, key[:, :, :0], value[:, :, :0]), torch.zeros_like(query))
+
+
+def test_more_pilots_than_the_kernels_have_room_for():
     query, key, value = inputs(40)
-    config = SkeinConfig(**{**SMALL, **settings})
-    with pytest.raises(ValueError, match=reason):
+    config = SkeinConfig(**{**SMALL, "max_blocks": 64, "num_pilots": 2048, "block_size": 1})
+    with pytest.raises(ValueError, match=r"up to 65535 pilots .* there may be 81920"):
         skein_attention(query, key, value, config=config)
     assert attention.why_no_kernels(config, query, value)  # `auto` goes by this
 
@@ -233,8 +250,8 @@ def test_everything_is_launched_on_the_device_of_the_inputs(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "device_of", device_of)
     places = (
-        (ops.selection, "adaptive"), (ops.moments, "means"), (ops, "residual"), (ops.attention, "forward"),
-        (ops.attention, "backward"), (ops.exact, "forward"), (ops.exact, "backward"),
+        (ops, "ragged"), (ops.selection, "adaptive"), (ops, "residual"),
+        (ops.attention, "forward"), (ops.attention, "backward"), (ops.exact, "forward"), (ops.exact, "backward"),
     )  # fmt: skip
     for where, name in places:
         monkeypatch.setattr(where, name, wrapped(getattr(where, name)))
@@ -242,6 +259,34 @@ def test_everything_is_launched_on_the_device_of_the_inputs(monkeypatch):
     skein_attention(query, key, value, config=SkeinConfig(**SMALL)).sum().backward()
     assert {name for name, _ in launches} == {name for _, name in places}
     assert all(is_guarded for _, is_guarded in launches), launches
+
+
+class Launches(TorchDispatchMode):
+    """Counts PyTorch's operators that do work."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function._schema.name
+        self.count += not (function.is_view or any(word in name for word in ("empty", "split", "fill_")))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("method", ["adaptive", "skeinformer"])
+def test_few_kernels_are_launched(method, monkeypatch):
+    """As many as the documentation says, at the default sizes of the selection."""
+    for name in ("select", "attend"):  # what an operator does within is hidden from the mode
+        monkeypatch.setattr(ops, name, getattr(ops, name)._init_fn)
+    kernel, run = type(ops.attention.forward_kernel), []
+    monkeypatch.setattr(kernel, "run", lambda self, *args, **kwargs: run.append(self))
+    # Nothing is computed, but positions are looked up.
+    monkeypatch.setattr(torch, "empty", lambda *args, empty=torch.empty, **kwargs: empty(*args, **kwargs).fill_(0))
+    query, key, value = inputs(1100, heads=1)
+    options = {"num_pilots": 128, "kind": "geometric"} if method == "skeinformer" else {}
+    with Launches() as others:
+        ops.skein_attention(query, key, value, method=method, block_size=64, max_blocks=16, **options)
+    text = (Path(__file__).parents[1] / "docs" / "kernels.md").read_text()
+    assert f"`{method}` {len(run)} launches of kernels and {others.count} of PyTorch" in " ".join(text.split())
 
 
 def test_a_graph_that_is_captured_does_not_wait_for_the_mask(monkeypatch):

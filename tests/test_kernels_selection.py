@@ -1,10 +1,12 @@
 """What the kernels select, against the reference in `hf_skein/sketch`: in Triton's interpreter, or on a GPU."""
 
+import math
+
 import pytest
 import torch
 
 from hf_skein import SkeinConfig
-from hf_skein.kernels import columns, moments, pilots, random, routing, selection, strata
+from hf_skein.kernels import columns, exact_rows, pilots, random, routing, selection, strata
 from hf_skein.kernels.layout import num_blocks, ragged
 from hf_skein.sketch import adaptive, skeinformer
 from hf_skein.sketch import columns as reference_columns
@@ -42,13 +44,12 @@ class Case:
         self.prepare()
 
     def prepare(self):
-        index, length = self.layout.key_index, self.layout.key_length
-        self.means = [moments.means(x, index, length) for x in (self.key, self.value)]
+        self.means = exact_rows.rows_and_means(self.query, self.key, self.value, 0, self.layout, 1.0)[:2]
 
     def adaptive(self, **options):
-        options = {"num_columns": 16, "num_strata": 4, **options}
-        inputs = (self.query, self.key, self.value, *self.means, self.layout)
-        return selection.adaptive(*inputs, scale=self.scale, blocks=self.num_blocks, **options)
+        options = {"num_columns": 16, "num_strata": 4, "room": self.num_blocks, **options}
+        inputs = (self.query, self.key, self.value, self.layout)
+        return selection.adaptive(*inputs, scale=self.scale, blocks=self.num_blocks, **options)[2]
 
     def sequence(self, b, dtype=torch.float64):
         """Valid queries, centred keys and values of all heads of a sequence."""
@@ -63,6 +64,7 @@ class Case:
 
     def blocks(self, b, order):
         """The blocks of a sequence as the reference holds them."""
+        order = torch.where(order < 0, -1 - order, order)  # without the marks of exact rows
         order, length, count = self.ranks(b, order[b, :, : self.lengths[b]]), self.lengths[b], self.layout.blocks[b]
         bounds = torch.arange(count + 1, device=DEVICE) * length // count
         table, filled = reference_routing._segments(bounds[:-1], bounds[1:])
@@ -183,6 +185,13 @@ def test_strata_of_identical_keys():
     assert (strata.assign(case.key, case.means[0], 4, case.layout) == 0).all()
 
 
+def test_a_broken_key_has_a_stratum_that_exists():
+    case = Case((70,), heads=1)
+    case.key[:, :, 4:9] = torch.tensor([1e20, -1e20, torch.inf, torch.nan, 3e38])[:, None]
+    stratum = strata.assign(case.key, torch.zeros_like(case.means[0]), 3, case.layout)
+    assert ((stratum >= 0) & (stratum < 3)).all()
+
+
 # --- columns ---
 
 
@@ -222,37 +231,59 @@ def test_columns_of_a_sequence_do_not_depend_on_the_batch_or_padding():
         getattr(together, x)[1][:, together.valid[1]] = getattr(alone, x)[0]
     together.prepare()
     a, b = alone.adaptive(exact_rows=1), together.adaptive(exact_rows=1)
-    assert (a.order[0] == together.ranks(1, b.order[1, :, :90])).all()
+    assert (a.order[0, :, :90] < 0).sum() == 2  # the exact row of each head is marked
+    assert (alone.blocks(0, a.order).index == together.blocks(1, b.order).index).all()
     assert (a.columns[0] == together.ranks(1, b.columns[1, :, : a.columns.shape[2]])).all()
     assert (a.stratum[0] == b.stratum[1][:, together.valid[1]]).all()
 
 
-def top(score, count, block_size=32):
-    """`top_columns` of given scores `[B, H, n]`."""
+def top(score, count):
+    """`shared_columns` of given scores `[B, H, n]`."""
     batch, heads, n = score.shape
     case = Case((n,) * batch, heads=heads, p=16)
-    return columns.top_columns(None, case.key, score, score, count, 1.0, case.layout)[:, :, 0]
+    return columns.shared_columns(score, count, case.layout)[:, :, 0]
 
 
 def test_top_columns_of_given_scores(poisoned):
-    score = torch.randn(2, 2, 1500, device=DEVICE).exp()  # several chunks
+    score = torch.randn(2, 2, 5000, device=DEVICE).exp()  # several tiles
     found = top(score, 200).long()
     assert (found.diff(dim=-1) > 0).all()
     assert_highest(score, found, 2**-16)
 
 
 def test_ties_go_by_position_and_infinities_first():
-    score = torch.zeros(1, 4, 1100, device=DEVICE)
-    score[0, 1, 1090:] = 1.0
-    score[0, 2, [7, 1099]] = torch.inf
+    score = torch.zeros(1, 5, 2100, device=DEVICE)
+    score[0, 1, 2090:] = 1.0
+    score[0, 2, [7, 2099]] = torch.inf
     score[0, 2, :5] = -torch.inf
     score[0, 3] = torch.nan
     score[0, 3, 40] = torch.inf
+    score[0, 4, :2040] = -1.0  # ties on both sides of the end of a tile
     found = top(score, 20)[0].tolist()
     assert found[0] == list(range(20))
-    assert found[1] == [*range(10), *range(1090, 1100)]
-    assert found[2] == [*range(5, 24), 1099]
+    assert found[1] == [*range(10), *range(2090, 2100)]
+    assert found[2] == [*range(5, 24), 2099]
     assert found[3] == [*range(19), 40]
+    assert found[4] == list(range(2040, 2060))
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_scores_in_a_smaller_workspace_choose_the_same(parts, poisoned, monkeypatch):
+    case = Case((130,), heads=2, block_size=4, max_blocks=32)
+    covariance = torch.eye(24, device=DEVICE).expand(1, 2, -1, -1).contiguous()
+    means = strata.means(case.key, case.means[0], 70, case.layout)
+    inputs = (torch.randn(1, 2, 32, parts, 24, device=DEVICE), case.key, case.value, *case.means, covariance, means)
+
+    def choose():
+        return columns.block_columns(*inputs, 20, case.scale, 1, 32, case.layout)
+
+    assert columns.at_once(2, 32, 130) == (32, 2)
+    whole, stratum = choose()
+    assert torch.equal(stratum, strata.assign(case.key, case.means[0], 70, case.layout))
+    for workspace, at_once in ((4 * 130 * 32, (32, 1)), (1, (16, 1))):
+        monkeypatch.setattr(columns, "WORKSPACE", workspace)
+        assert columns.at_once(2, 32, 130) == at_once
+        assert all(torch.equal(x, y) for x, y in zip((whole, stratum), choose(), strict=True))
 
 
 def test_extreme_logits_do_not_make_columns_equal():
@@ -276,8 +307,8 @@ def test_extreme_logits_do_not_make_columns_equal():
 def test_draws_are_those_of_the_reference(seed, layer):
     case = Case((200, 77), heads=3, kv_heads=3)
     options = {"num_columns": 16, "num_strata": 1, "num_pilots": 20, "seed": seed, "layer": layer}
-    inputs = (case.query, case.key, case.value, case.means[0], case.layout)
-    chosen = selection.skeinformer(*inputs, scale=case.scale, **options)
+    inputs = (case.query, case.key, case.value, case.layout)
+    chosen = selection.skeinformer(*inputs, scale=case.scale, **options)[2]
     config = SkeinConfig(method="skeinformer", num_columns=16, num_pilots=20, seed=seed)
     for b in range(2):
         heads = torch.arange(3, device=DEVICE)
@@ -286,7 +317,9 @@ def test_draws_are_those_of_the_reference(seed, layer):
         for rows, theirs in zip(chosen.exact_rows[b], expected.exact_rows, strict=True):
             ours = case.ranks(b, rows[rows >= 0]).tolist()
             assert len(set(ours)) == len(ours) and set(ours) == set(theirs.tolist())
-    assert (chosen.order == case.layout.query_index[:, None]).all()
+    for order, rows, index in zip(chosen.order, chosen.exact_rows, case.layout.query_index, strict=True):
+        is_exact = (index[:, None, None] == rows).any(-1).T
+        assert (order == torch.where(is_exact, -1 - index, index)).all()
 
 
 def test_uniform_columns_are_those_of_the_reference():
@@ -298,17 +331,36 @@ def test_uniform_columns_are_those_of_the_reference():
     assert (chosen.columns[0] == expected.columns.sort(-1).values).all()
 
     numbers = random.random_key(5, 1)
-    score = columns.draw_scores(None, case.key, case.value, 2, 1.0, numbers, 0, case.layout)
+    score = columns.draw_scores(None, case.query, case.key, case.value, 1.0, numbers, 0, case.layout)
     noise = uniform(5, 1, torch.arange(2), COLUMN_STREAM, 120).to(DEVICE)
     torch.testing.assert_close(score[0].double(), -torch.log(-torch.log(noise)), rtol=1e-6, atol=1e-6)
 
 
 def test_pilots_without_reutilization_are_no_exact_rows():
     case = Case((40,))
-    inputs = (case.query, case.key, case.value, case.means[0], case.layout)
+    inputs = (case.query, case.key, case.value, case.layout)
     options = {"num_columns": 8, "num_strata": 1, "num_pilots": 5}
-    chosen = selection.skeinformer(*inputs, scale=1.0, pilot_reutilization=False, uniform=True, **options)
+    chosen = selection.skeinformer(*inputs, scale=1.0, pilot_reutilization=False, uniform=True, **options)[2]
     assert chosen.exact_rows.shape == (1, 2, 0)
+
+
+@pytest.mark.parametrize("rows", [0, 3, torch.tensor([5, 0, 5])])
+def test_exact_rows_and_means_in_one_pass(rows, poisoned):
+    case = Case((1100, 2, 40), heads=4, kv_heads=2, p=16, pv=20)  # two chunks; too short to be sketched; one chunk
+    given = rows
+    if isinstance(rows, torch.Tensor):
+        given = case.layout.query_index[:, None, rows].expand(-1, 4, -1).contiguous()
+    found = exact_rows.rows_and_means(case.query, case.key, case.value, given, case.layout, case.scale)
+    assert all((x[1] == 0).all() for x in found)
+    for b in (0, 2):
+        query, key, value = (x[b][:, case.valid[b]].double() for x in (case.query, case.key, case.value))
+        query = query[:, rows] if isinstance(rows, torch.Tensor) else query[:, :rows]
+        logits = case.scale * query @ key.repeat_interleave(2, 0).mT
+        expected = (
+            key.mean(1), value.mean(1), logits.softmax(-1) @ value.repeat_interleave(2, 0),
+            logits.logsumexp(-1) / math.log(2),
+        )  # fmt: skip
+        torch.testing.assert_close(tuple(x[b].double() for x in found), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("biased", [False, True])

@@ -503,8 +503,8 @@ def forward(
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],
         n_q, key.shape[2], heads, heads // key.shape[1], blocks, tiles, scale, dropout,
         p=p, pv=pv, P=padded(p), PV=padded(pv), C=rest.count.shape[-1], D=selection.columns.shape[-1],
-        BM=c.rows, BN=c.keys, BT=32, SECOND_ORDER=rest.second_order, DROPOUT=dropout > 0, PRECISION=precision(query),
-        num_warps=c.warps, num_stages=c.stages,
+        BM=c.rows, BN=c.keys, BT=min(32, c.rows), SECOND_ORDER=rest.second_order, DROPOUT=dropout > 0,
+        PRECISION=precision(query), num_warps=c.warps, num_stages=c.stages,
     )  # fmt: skip
 
 
@@ -581,7 +581,7 @@ def backward(
         )  # fmt: skip
 
     def over_blocks(x: Tensor) -> Tensor:  # [B, H, G, ...] to [B, HK, ...], in one order
-        return x.sum(2).unflatten(1, (kv_heads, group)).sum(2)
+        return x.unflatten(1, (kv_heads, group)).flatten(2, 3).sum(2)
 
     total_key, total_value = (over_blocks(x) for x in grad_means)
     if geometric:

@@ -22,7 +22,7 @@ def finite(b_x):
 
 @triton.jit
 def part_of(o_rank, length, blocks, PARTS: tl.constexpr):
-    """Block and part, as `block * PARTS + part`, of ranks in routed order; see `pilots.block_pilots`."""
+    """Block and part, as `block * PARTS + part`, of ranks in routed order; see `pilots.block_means`."""
     length, blocks = length.to(tl.int64), blocks.to(tl.int64)
     o_block = ((o_rank + 1) * blocks - 1) // length  # the last that begins at the rank or before
     o_first = o_block * length // blocks

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .layout import Layout, Selection
+from .moments import add_parts, room_for_parts
 from .tiles import LOG2_E, config, dot, kept, load_rows, padded, precision, softmax_step, store_rows
 
 
@@ -22,15 +23,18 @@ CHUNK = 1024  # keys
 
 @triton.jit
 def exact_tile(i_tile, i_bh, i_b, p_exact_rows, p_query_index, p_query_length, p_blocks, R, n_q,
-               BM: tl.constexpr, LISTED: tl.constexpr):  # fmt: skip
+               BM: tl.constexpr, LISTED: tl.constexpr, FIRST: tl.constexpr):  # fmt: skip
     """A tile of query positions `[BM]`, -1 where there is none, and whether it holds any."""
     o_m = i_tile * BM + tl.arange(0, BM)
     blocks = tl.load(p_blocks + i_b)
+    length = tl.load(p_query_length + i_b)
     if LISTED:
         is_used = blocks > 0
-        o_row = tl.load(p_exact_rows + i_bh * R + o_m, mask=o_m < R, other=-1)
+        if FIRST:
+            o_row = tl.load(p_query_index + i_b * n_q + o_m, mask=o_m < tl.minimum(R, length), other=-1)
+        else:
+            o_row = tl.load(p_exact_rows + i_bh * R + o_m, mask=o_m < R, other=-1)
     else:
-        length = tl.load(p_query_length + i_b)
         is_used = (blocks == 0) & (i_tile * BM < length)
         o_row = tl.load(p_query_index + i_b * n_q + o_m, mask=o_m < length, other=-1)
     return o_row, is_used
@@ -39,22 +43,26 @@ def exact_tile(i_tile, i_bh, i_b, p_exact_rows, p_query_index, p_query_length, p
 @triton.jit
 def forward_kernel(
     p_query, p_key, p_value, p_out, p_lse, p_exact_rows, p_query_index, p_query_length, p_key_index, p_key_length,
-    p_blocks, p_seed,
+    p_blocks, p_seed, p_key_mean, p_value_mean,
     query_stride_b, query_stride_h, query_stride_n, key_stride_b, key_stride_h, key_stride_n,
     value_stride_b, value_stride_h, value_stride_n, out_stride_b, out_stride_h, out_stride_n,
-    n_q, n_k, H, GROUP, R, TILES, CHUNKS, CHUNK, scale, rate,
+    n_q, n_k, H, GROUP, R, TILES, CHUNKS, CHUNK, PART, scale, rate,
     p: tl.constexpr, pv: tl.constexpr, P: tl.constexpr, PV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    LISTED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    LISTED: tl.constexpr, FIRST: tl.constexpr, MEANS: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Rows over a chunk of keys: to the output, or, if LISTED, to `[B, H, CHUNKS, R, pv]` for `combine_kernel`."""
+    """Rows over a chunk of keys: to the output, or, if LISTED, to `[B, H, CHUNKS, R, pv]` for `combine_kernel`.
+
+    The listed rows may be the FIRST valid queries. With MEANS also what a chunk gives to the means of keys and values.
+    """
     i_tile, i_chunk = tl.program_id(0) % TILES, tl.program_id(0) // TILES % CHUNKS
     i_bh = (tl.program_id(0) // TILES // CHUNKS).to(tl.int64)
     i_b, i_h = i_bh // H, i_bh % H
     o_row, is_used = exact_tile(
-        i_tile, i_bh, i_b, p_exact_rows, p_query_index, p_query_length, p_blocks, R, n_q, BM, LISTED
+        i_tile, i_bh, i_b, p_exact_rows, p_query_index, p_query_length, p_blocks, R, n_q, BM, LISTED, FIRST
     )
-    if not is_used:
-        return
+    if not LISTED:  # noqa: SIM102 -- known when compiled
+        if not is_used:
+            return
     m_row = o_row >= 0
     o_p, o_v = tl.arange(0, P), tl.arange(0, PV)
     m_p, m_v = o_p < p, o_v < pv
@@ -66,7 +74,10 @@ def forward_kernel(
     b_max = tl.full([BM], -1e38, tl.float32)
     b_mass = tl.zeros([BM], tl.float32)
     b_out = tl.zeros([BM, PV], tl.float32)
-    end = tl.minimum(i_chunk * CHUNK + CHUNK, tl.load(p_key_length + i_b))
+    gives_means = MEANS & (i_tile == 0) & (i_h % GROUP == 0)
+    length = tl.where(is_used & (gives_means | (not MEANS) | (R > 0)), tl.load(p_key_length + i_b), 0)
+    end = tl.minimum(i_chunk * CHUNK + CHUNK, length)
+    b_key_sum, b_value_sum = tl.zeros([P], tl.float32), tl.zeros([PV], tl.float32)
     for first in range(i_chunk * CHUNK, end, BN):
         o_rank = first + tl.arange(0, BN)
         m_rank = o_rank < end
@@ -74,6 +85,10 @@ def forward_kernel(
         # [BN, P], [BN, PV]
         b_key = load_rows(p_key, key_stride_n, o_n, m_rank, o_p, m_p)
         b_value = load_rows(p_value, value_stride_n, o_n, m_rank, o_v, m_v)
+        if MEANS:  # noqa: SIM102
+            if gives_means:
+                b_key_sum += tl.sum(b_key.to(tl.float32), 0)
+                b_value_sum += tl.sum(b_value.to(tl.float32), 0)
         b_logit = dot(b_query, tl.trans(b_key), None, PRECISION) * (scale * LOG2_E)
         b_logit = tl.where(m_rank[None, :], b_logit, -float("inf"))
         b_weight, b_shrink, b_max, b_mass = softmax_step(b_logit, b_max, b_mass)
@@ -90,22 +105,37 @@ def forward_kernel(
     else:
         store_rows(p_out + i_b * out_stride_b + i_h * out_stride_h, out_stride_n, o_row, m_row, o_v, m_v, b_out)
         tl.store(p_lse + i_bh * n_q + o_row, b_lse, mask=m_row)
+    if MEANS:  # noqa: SIM102
+        if gives_means:
+            i_kv, size = i_bh // GROUP, tl.maximum(length, 1).to(tl.float32)  # H is GROUP times the key heads
+            p_part = p_key_mean + i_chunk.to(tl.int64) * PART + i_kv * p
+            tl.store(p_part + o_p, b_key_sum / size, mask=m_p)
+            p_part = p_value_mean + i_chunk.to(tl.int64) * PART + i_kv * pv
+            tl.store(p_part + o_v, b_value_sum / size, mask=m_v)
 
 
 @triton.jit
 def combine_kernel(
     p_part, p_part_lse, p_exact_rows, p_blocks, p_out, p_lse, out_stride_b, out_stride_h, out_stride_n,
-    n_q, H, R, CHUNKS, p: tl.constexpr, P: tl.constexpr, WEIGHTED: tl.constexpr,
+    n_q, H, R, CHUNKS, p: tl.constexpr, P: tl.constexpr, WEIGHTED: tl.constexpr, PLACED: tl.constexpr,
 ):  # fmt: skip
-    """One listed row, from its parts `[B, H, CHUNKS, R, p]`: their mean by mass, or (not WEIGHTED) their sum."""
+    """One listed row, from its parts `[B, H, CHUNKS, R, p]`: their mean by mass, or (not WEIGHTED) their sum.
+
+    To its position among all queries if it is to be PLACED; else to its place in the list, zeros for sequences that are
+    not sketched.
+    """
     i_r, i_bh = tl.program_id(0) % R, (tl.program_id(0) // R).to(tl.int64)
     i_b, i_h = i_bh // H, i_bh % H
-    row = tl.load(p_exact_rows + i_bh * R + i_r)
-    if (tl.load(p_blocks + i_b) > 0) & (row >= 0):
+    row, is_sketched = i_r, tl.load(p_blocks + i_b) > 0
+    is_stored = True
+    if PLACED:
+        row = tl.load(p_exact_rows + i_bh * R + i_r)
+        is_stored = is_sketched & (row >= 0)
+    if is_stored:
         o_p = tl.arange(0, P)
         b_max, b_mass = -1e38, 0.0
         b_out = tl.zeros([P], tl.float32)
-        for i_chunk in range(0, CHUNKS):
+        for i_chunk in range(0, tl.where(is_sketched, CHUNKS, 0)):
             i_part = (i_bh * CHUNKS + i_chunk) * R + i_r
             b_part = tl.load(p_part + i_part * p + o_p, mask=o_p < p, other=0.0)
             if WEIGHTED:
@@ -118,8 +148,9 @@ def combine_kernel(
             else:
                 b_out += b_part
         if WEIGHTED:
+            b_mass = tl.where(is_sketched, b_mass, 1.0)
             b_out /= b_mass
-            tl.store(p_lse + i_bh * n_q + row, b_max + tl.log2(b_mass))
+            tl.store(p_lse + i_bh * n_q + row, tl.where(is_sketched, b_max + tl.log2(b_mass), 0.0))
         p_row = p_out + i_b * out_stride_b + i_h * out_stride_h + row.to(tl.int64) * out_stride_n
         tl.store(p_row + o_p, b_out.to(p_out.dtype.element_ty), mask=o_p < p)
 
@@ -140,7 +171,7 @@ def backward_query_kernel(
     i_bh = (tl.program_id(0) // TILES // CHUNKS).to(tl.int64)
     i_b, i_h = i_bh // H, i_bh % H
     o_row, is_used = exact_tile(
-        i_tile, i_bh, i_b, p_exact_rows, p_query_index, p_query_length, p_blocks, R, n_q, BM, LISTED
+        i_tile, i_bh, i_b, p_exact_rows, p_query_index, p_query_length, p_blocks, R, n_q, BM, LISTED, False
     )
     if not is_used:
         return
@@ -247,17 +278,37 @@ def backward_keys_kernel(
 # --- launchers ---
 
 
-def listed_rows(
-    query: Tensor, key: Tensor, value: Tensor, positions: Tensor, layout: Layout, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Exact attention of the rows at `positions [B, H, R]` int32: `[B, H, R, pv]` and `[B, H, R]`, the logarithm to
-    base 2 of their mass; both float32, zeros for sequences that are not sketched. Otherwise as `forward`.
+def rows_and_means(
+    query: Tensor, key: Tensor, value: Tensor, rows: Tensor | int, layout: Layout, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Exact attention of some rows, and the means of keys and values, in one pass over them.
+
+    Args:
+        query: `[B, H, n_q, p]`, last stride 1.
+        key: `[B, HK, n_k, p]`, last stride 1.
+        value: `[B, HK, n_k, pv]`, last stride 1.
+        rows: `[B, H, R]` int32 contiguous, positions of queries; or how many of the first valid ones.
+        layout: Of the batch.
+        scale: Multiplies the logits.
+
+    Returns:
+        The means `[B, HK, p]` and `[B, HK, pv]`; the rows `[B, H, R, pv]` and the logarithm to base 2 of their mass
+        `[B, H, R]`, undefined where there is no such query. All float32, and zeros for sequences that are not sketched.
     """
-    part, part_lse = _forward(query, key, value, positions, layout, scale, 0.0, layout.blocks, None)
-    out, lse = torch.zeros_like(part[:, :, 0]), torch.zeros_like(part_lse[:, :, 0])
-    every = torch.arange(positions.shape[-1], dtype=torch.int32, device=query.device).expand_as(positions)
-    _combine(part, part_lse, every.contiguous(), layout, out, lse)
-    return out, lse
+    batch, kv_heads, n_k, pv = value.shape
+    first = isinstance(rows, int)
+    if first:
+        rows = layout.query_index[:, None, : min(rows, query.shape[2])].expand(-1, query.shape[1], -1)
+    sizes = [(batch, kv_heads, query.shape[-1]), (batch, kv_heads, pv)]
+    parts, views = room_for_parts(key, triton.cdiv(n_k, CHUNK), sizes)
+    part, part_lse = _forward(
+        query, key, value, rows, layout, scale, 0.0, layout.blocks, None, first, (*views(parts[0]), parts.shape[1])
+    )
+    key_mean, value_mean = views(add_parts(parts))
+    out, lse = part.new_empty(*rows.shape, pv), part.new_empty(rows.shape)
+    if rows.shape[-1]:
+        _combine(part, part_lse, rows, layout, out, lse, placed=False)
+    return key_mean, value_mean.clone(), out, lse  # results of an operator share no memory
 
 
 def forward(
@@ -339,7 +390,7 @@ def backward(
     batch, heads, n_q, p = query.shape
     kv_heads, n_k, pv = value.shape[1:]
     grads = tuple(query.new_empty(batch, kv_heads, n_k, x, dtype=torch.float32) for x in (p, pv))
-    c = config("backward_keys", padded(p), padded(pv), like=query, dropout=dropout)
+    c = config("exact_keys", padded(p), padded(pv), like=query, dropout=dropout)
     tiles = triton.cdiv(n_k, c.rows)
     backward_keys_kernel[(tiles * batch * kv_heads,)](
         query, key, value, grad, lse, mu, exact_rows,
@@ -353,9 +404,22 @@ def backward(
 
 
 def _forward(
-    query, key, value, exact_rows, layout: Layout, scale: float, dropout: float, seed, results: tuple | None
+    query,
+    key,
+    value,
+    exact_rows,
+    layout: Layout,
+    scale: float,
+    dropout: float,
+    seed,
+    results: tuple | None,
+    first: bool = False,
+    means: tuple | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """All rows of what is not sketched, to `results`; or, if that is None, listed rows over chunks of keys."""
+    """All rows of what is not sketched, to `results`; or, if that is None, listed rows over chunks of keys.
+
+    `means` is room for the parts of both means, of the first chunk, and how far apart chunks are.
+    """
     listed = results is None
     rows, chunk = (exact_rows.shape[-1], CHUNK) if listed else (query.shape[2], key.shape[2])
     chunks, common, options = _arguments(query, key, value, layout, exact_rows, listed, rows, chunk, dropout)
@@ -365,8 +429,9 @@ def _forward(
     forward_kernel[(query.shape[0] * query.shape[1] * common[5] * chunks,)](
         query, key, value, *results, exact_rows,
         layout.query_index, layout.query_length, layout.key_index, layout.key_length, layout.blocks, seed,
+        *(means or (*results, 0))[:2],
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *results[0].stride()[:3],
-        *common, scale, dropout, **options,
+        *common, means[2] if means else 0, scale, dropout, FIRST=first, MEANS=means is not None, **options,
     )  # fmt: skip
     return results
 
@@ -385,7 +450,7 @@ def _arguments(query, key, value, layout, exact_rows, listed: bool, rows: int, c
     chunks = triton.cdiv(key.shape[2], chunk)
     numbers = (
         query.shape[2], key.shape[2], heads, heads // key.shape[1], exact_rows.shape[-1],
-        triton.cdiv(rows, tile), chunks, chunk,
+        max(1, triton.cdiv(rows, tile)), chunks, chunk,
     )  # fmt: skip
     options = {
         "p": p, "pv": pv, "P": padded(p), "PV": padded(pv), "BM": tile, "BN": c.keys, "LISTED": listed,
@@ -394,10 +459,18 @@ def _arguments(query, key, value, layout, exact_rows, listed: bool, rows: int, c
     return chunks, numbers, options
 
 
-def _combine(part: Tensor, part_lse: Tensor | None, exact_rows, layout: Layout, out: Tensor, lse: Tensor | None):
+def _combine(
+    part: Tensor,
+    part_lse: Tensor | None,
+    exact_rows,
+    layout: Layout,
+    out: Tensor,
+    lse: Tensor | None,
+    placed: bool = True,
+) -> None:
     batch, heads, chunks, rows, p = part.shape
     combine_kernel[(batch * heads * rows,)](
         part, part if part_lse is None else part_lse, exact_rows, layout.blocks, out, part if lse is None else lse,
         *out.stride()[:3], out.shape[2], heads, rows, chunks,
-        p=p, P=padded(p), WEIGHTED=part_lse is not None, num_warps=1,
+        p=p, P=padded(p), WEIGHTED=part_lse is not None, PLACED=placed, num_warps=1,
     )  # fmt: skip

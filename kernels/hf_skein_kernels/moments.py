@@ -1,10 +1,12 @@
-"""Sums over all valid keys of a sequence: means; totals per stratum, and products of keys with keys and with values.
+"""Sums over all valid keys of a sequence: totals per stratum, and products of keys with keys and with values.
 
-All are made chunk by chunk and added in one order: no float atomics, the same bits in every run.
+They are made chunk by chunk and added in one order: no float atomics, the same bits in every run.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -12,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tiles import config, dot, load_centred, load_rows, padded, precision, store_rows
+from .tiles import config, dot, load_centred, padded, precision, store_rows
 
 
 CHUNK = 1024  # keys
@@ -40,36 +42,17 @@ class Totals(NamedTuple):
 
 
 @triton.jit
-def sum_kernel(
-    p_x, p_index, p_length, p_out, stride_b, stride_h, stride_n, n, HEADS, CHUNKS,
-    p: tl.constexpr, P: tl.constexpr, CHUNK: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    i_chunk, i_bh = tl.program_id(0) % CHUNKS, (tl.program_id(0) // CHUNKS).to(tl.int64)
-    i_b, i_h = i_bh // HEADS, i_bh % HEADS
-    length = tl.load(p_length + i_b)
-    o_p = tl.arange(0, P)
-    b_sum = tl.zeros([P], tl.float32)
-    for first in range(i_chunk * CHUNK, tl.minimum(i_chunk * CHUNK + CHUNK, length), BN):
-        o_rank = first + tl.arange(0, BN)
-        m_rank = o_rank < length
-        o_n = tl.load(p_index + i_b * n + o_rank, mask=m_rank, other=0)
-        # [BN, P]
-        b_x = load_rows(p_x + i_b * stride_b + i_h * stride_h, stride_n, o_n, m_rank, o_p, o_p < p)
-        b_sum += tl.sum(b_x.to(tl.float32), 0)
-    tl.store(p_out + (i_bh * CHUNKS + i_chunk) * p + o_p, b_sum, mask=o_p < p)
-
-
-@triton.jit
 def totals_kernel(
     p_key, p_value, p_key_mean, p_value_mean, p_stratum, p_index, p_length,
     p_key_sum, p_value_sum, p_size, p_metric, p_cross,
     key_stride_b, key_stride_h, key_stride_n, value_stride_b, value_stride_h, value_stride_n, n, HEADS, CHUNKS,
+    PART,
     p: tl.constexpr, pv: tl.constexpr, C: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr, BV: tl.constexpr,
     CHUNK: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A tile of the `Totals` of a chunk: some strata and some rows of the products, and some columns of both."""
     i_chunk, i_bh = tl.program_id(0) % CHUNKS, (tl.program_id(0) // CHUNKS).to(tl.int64)
-    i_b, i_h, i_part = i_bh // HEADS, i_bh % HEADS, i_bh * CHUNKS + i_chunk
+    i_b, i_h, i_part = i_bh // HEADS, i_bh % HEADS, i_chunk.to(tl.int64) * PART
     length = tl.load(p_length + i_b)
     p_key += i_b * key_stride_b + i_h * key_stride_h
     p_value += i_b * value_stride_b + i_h * value_stride_h
@@ -97,36 +80,24 @@ def totals_kernel(
         b_size += tl.sum(b_member, 1)
         b_key_sum = dot(b_member.to(b_key.dtype), b_key, b_key_sum, PRECISION)
         b_value_sum = dot(b_member.to(b_key.dtype), b_value, b_value_sum, PRECISION)
-    store_rows(p_key_sum + i_part * C * p, p, o_c, m_c, o_p, m_p, b_key_sum)
-    store_rows(p_value_sum + i_part * C * pv, pv, o_c, m_c, o_v, m_v, b_value_sum)
-    store_rows(p_metric + i_part * p * p, p, o_row, m_row, o_p, m_p, b_metric)
-    store_rows(p_cross + i_part * p * pv, pv, o_row, m_row, o_v, m_v, b_cross)
-    tl.store(p_size + i_part * C + o_c, b_size, mask=m_c)  # programs of other columns write the same
+    store_rows(p_key_sum + i_part + i_bh * C * p, p, o_c, m_c, o_p, m_p, b_key_sum)
+    store_rows(p_value_sum + i_part + i_bh * C * pv, pv, o_c, m_c, o_v, m_v, b_value_sum)
+    store_rows(p_metric + i_part + i_bh * p * p, p, o_row, m_row, o_p, m_p, b_metric)
+    store_rows(p_cross + i_part + i_bh * p * pv, pv, o_row, m_row, o_v, m_v, b_cross)
+    tl.store(p_size + i_part + i_bh * C + o_c, b_size, mask=m_c)  # programs of other columns write the same
+
+
+@triton.jit
+def add_kernel(p_parts, p_out, PARTS, SIZE, BN: tl.constexpr):
+    """The sum of all parts, in one order, in which parts of zeros at the end change no bit."""
+    o_i = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
+    b_sum = tl.zeros([BN], tl.float32)
+    for i in range(PARTS):
+        b_sum += tl.load(p_parts + i * tl.full([], SIZE, tl.int64) + o_i, mask=o_i < SIZE, other=0.0)
+    tl.store(p_out + o_i, b_sum, mask=o_i < SIZE)
 
 
 # --- launchers ---
-
-
-def means(x: Tensor, index: Tensor, length: Tensor) -> Tensor:
-    """Mean over the valid rows of every head; zero where there is none.
-
-    Args:
-        x: `[B, HK, n, p]`, last stride 1.
-        index: `[B, n]` int32, valid positions first.
-        length: `[B]` int32.
-
-    Returns:
-        `[B, HK, p]` float32.
-    """
-    batch, heads, n, p = x.shape
-    chunks = triton.cdiv(n, CHUNK)
-    out = torch.empty(batch, heads, chunks, p, dtype=torch.float32, device=x.device)
-    c = config("moments", padded(p))
-    sum_kernel[(batch * heads * chunks,)](
-        x, index, length, out, *x.stride()[:3], n, heads, chunks,
-        p=p, P=padded(p), CHUNK=CHUNK, BN=c.keys, num_warps=c.warps,
-    )  # fmt: skip
-    return out.sum(2) / length.clamp_min(1)[:, None, None]
 
 
 def totals(
@@ -154,14 +125,37 @@ def totals(
     batch, heads, n, p = key.shape
     pv, chunks = value.shape[-1], triton.cdiv(n, CHUNK)
     shapes = (num_strata, p), (num_strata, pv), (num_strata,), (p, p), (p, pv)
-    parts = Totals(*(key.new_empty(batch, heads, chunks, *shape, dtype=torch.float32) for shape in shapes))
+    parts, views = room_for_parts(key, chunks, [(batch, heads, *shape) for shape in shapes])
     c = config("totals", padded(p), padded(pv), like=key)
     tiles = tuple(min(c.rows, padded(x)) for x in (num_strata, p, pv))
     rows, columns = (max(triton.cdiv(x, c.rows) for x in some) for some in ((num_strata, p), (p, pv)))
     totals_kernel[(batch * heads * chunks, rows, columns)](
-        key, value, key_mean, value_mean, stratum, index, length, *parts,
-        *key.stride()[:3], *value.stride()[:3], n, heads, chunks,
+        key, value, key_mean, value_mean, stratum, index, length, *views(parts[0]),
+        *key.stride()[:3], *value.stride()[:3], n, heads, chunks, parts.shape[1],
         p=p, pv=pv, C=num_strata, BC=tiles[0], BP=tiles[1], BV=tiles[2], CHUNK=CHUNK, BN=c.keys,
         PRECISION=precision(key), num_warps=c.warps, num_stages=c.stages,
     )  # fmt: skip
-    return Totals(*(x.sum(2) for x in parts))
+    return Totals(*views(add_parts(parts)))
+
+
+def room_for_parts(
+    like: Tensor, count: int, shapes: list[tuple[int, ...]]
+) -> tuple[Tensor, Callable[[Tensor], list[Tensor]]]:
+    """Room for `count` parts of several results, `[count, size]` float32, and what makes one part their views."""
+    sizes = [math.prod(shape) for shape in shapes]
+    room = [-(-size // 4) * 4 for size in sizes]  # all begin at multiples of 16 bytes
+
+    def views(part: Tensor) -> list[Tensor]:
+        return [x[:size].view(shape) for x, size, shape in zip(part.split(room), sizes, shapes, strict=True)]
+
+    return like.new_empty(count, sum(room), dtype=torch.float32), views
+
+
+def add_parts(parts: Tensor) -> Tensor:
+    """The sum `[size]` of all parts `[count, size]`."""
+    count, size = parts.shape
+    if count == 1:
+        return parts[0]
+    out = parts.new_empty(size)
+    add_kernel[(triton.cdiv(size, 1024),)](parts, out, count, size, BN=1024, num_warps=4)
+    return out

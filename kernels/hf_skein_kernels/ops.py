@@ -9,9 +9,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from . import attention, moments, selection
+from . import attention, selection
 from . import exact_rows as exact
-from .layout import Layout, Selection, mark_exact, num_blocks, ragged
+from .layout import Layout, Selection, num_blocks, ragged
 from .residual import residual
 from .tiles import INTERPRETED
 
@@ -24,7 +24,6 @@ _NUM_SELECTION = len(Selection._fields)
 KINDS = ("second_order", "mean", "geometric", "simple")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_DIM = 256
-MAX_STRATA = 512  # of 16 bits; of float32 half as many
 MAX_PILOTS = 65535  # CUDA's limit of a grid but for its first axis
 LARGE_HEADS_MEMORY = 114688  # bytes of shared memory of heads of more than 128 numbers: the record of what was compiled
 LEAST_CAPABILITY = (8, 0)  # Triton's on CUDA; every GPU of ROCm has a higher one
@@ -60,23 +59,20 @@ def select(
     """
     with _beside(query):
         layout = ragged(query_mask, key_mask, query, key, block_size, most_blocks, exact_length)
-        means = [moments.means(x, layout.key_index, layout.key_length) for x in (key, value)]
         if method == "adaptive":
-            blocks = num_blocks(query.shape[2], block_size, most_blocks)
-            selected = selection.adaptive(
-                query, key, value, *means, layout, scale=scale, blocks=blocks, num_columns=num_columns,
-                num_strata=num_strata, num_pilots=num_pilots, exact_rows=exact_rows, uniform=uniform, seed=seed,
-                layer=layer,
+            key_mean, value_mean, selected = selection.adaptive(
+                query, key, value, layout, scale=scale,
+                blocks=num_blocks(query.shape[2], block_size, most_blocks), room=_floor_power(most_blocks),
+                num_columns=num_columns, num_strata=num_strata, num_pilots=num_pilots, exact_rows=exact_rows,
+                uniform=uniform, seed=seed, layer=layer,
             )  # fmt: skip
-            room = _floor_power(most_blocks) - blocks
-            selected = selected._replace(columns=torch.nn.functional.pad(selected.columns, (0, 0, 0, room)))
         else:
-            selected = selection.skeinformer(
-                query, key, value, means[0], layout, scale=scale, num_columns=num_columns, num_strata=num_strata,
+            key_mean, value_mean, selected = selection.skeinformer(
+                query, key, value, layout, scale=scale, num_columns=num_columns, num_strata=num_strata,
                 num_pilots=num_pilots, pilot_reutilization=pilot_reutilization, uniform=uniform, seed=seed,
                 layer=layer,
             )  # fmt: skip
-        return [*means, *mark_exact(selected), *layout]
+        return [key_mean, value_mean, *selected, *layout]
 
 
 @select.register_fake
@@ -87,10 +83,9 @@ def _(
     batch, heads, n_q, p = query.shape
     kv_heads, n_k, pv = value.shape[1:]
     if method == "adaptive":
-        exact_rows, reused = min(exact_rows, n_q), 0
+        exact_rows = min(exact_rows, n_q)
     else:
         exact_rows = num_pilots if pilot_reutilization else 0
-        reused = 0 if uniform else exact_rows
 
     def empty(dtype: torch.dtype, *shapes: tuple[int, ...]) -> list[Tensor]:
         return [query.new_empty(batch, *shape, dtype=dtype) for shape in shapes]
@@ -99,7 +94,7 @@ def _(
     return [
         *empty(torch.float32, (kv_heads, p), (kv_heads, pv)),
         *empty(torch.int32, *positions),
-        *empty(torch.float32, (heads, reused, pv), (heads, reused)),
+        *empty(torch.float32, (heads, exact_rows, pv), (heads, exact_rows)),
         *empty(torch.int32, (n_q,), (), (n_k,), (), ()),
     ]
 
@@ -324,10 +319,8 @@ def skein_attention(
         block_size, max_blocks = 2**31 - 1, 1
     if kind != "second_order":
         num_strata = 1
-    _check(
-        query, value, method, kind, num_columns, exact_length, num_strata, min(max_blocks, query.shape[2]) * num_pilots
-    )
-    if query.shape[2] == 0:
+    _check(query, value, method, kind, num_columns, exact_length, min(max_blocks, query.shape[2]) * num_pilots)
+    if query.shape[2] == 0 or key.shape[2] == 0:
         return query.new_zeros(*query.shape[:3], value.shape[-1])
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     if scale is None:
@@ -355,13 +348,12 @@ def _shared_memory(device: torch.device) -> int:
     return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", sys.maxsize)
 
 
-def why_not(query: Tensor, value: Tensor, num_strata: int = 1, num_pilots: int = 1) -> str | None:
+def why_not(query: Tensor, value: Tensor, num_pilots: int = 1) -> str | None:
     """The reason why the kernels cannot run on these inputs, or None if they can.
 
     Args:
         query: `[B, H, n_q, p]`.
         value: `[B, HK, n_k, pv]`.
-        num_strata: Strata of a head.
         num_pilots: Pilots of a head, of all its blocks together.
     """
     largest = max(query.shape[-1], value.shape[-1])
@@ -382,9 +374,6 @@ def why_not(query: Tensor, value: Tensor, num_strata: int = 1, num_pilots: int =
         return f"it knows {', '.join(str(x) for x in DTYPES)}; the inputs are {query.dtype}"
     if largest > MAX_HEAD_DIM:
         return f"it knows heads of up to {MAX_HEAD_DIM} numbers; the inputs have {largest}"
-    most = MAX_STRATA // (2 if query.dtype == torch.float32 else 1)
-    if num_strata > most:
-        return f"it knows up to {most} strata of {query.dtype}; num_strata is {num_strata}"
     if num_pilots > MAX_PILOTS:
         return f"it knows up to {MAX_PILOTS} pilots (max_blocks times num_pilots); there may be {num_pilots}"
     return None
@@ -397,10 +386,9 @@ def _check(
     kind: str,
     num_columns: int,
     exact_length: int,
-    num_strata: int,
     num_pilots: int,
 ) -> None:
-    if reason := why_not(query, value, num_strata, num_pilots):
+    if reason := why_not(query, value, num_pilots):
         raise ValueError(f"Triton cannot compute this: {reason}.")
     if method not in ("adaptive", "skeinformer") or kind not in KINDS:
         raise ValueError(

@@ -13,7 +13,6 @@ from .tiles import config, dot, load_rows, padded, precision
 
 
 PIECE = 1024  # keys of one program
-SHARES = 4  # programs that share the queries of a block
 
 
 # --- kernels ---
@@ -21,11 +20,12 @@ SHARES = 4  # programs that share the queries of a block
 
 @triton.jit
 def mean_kernel(
-    p_q, p_order, p_length, p_blocks, p_out, stride_b, stride_h, stride_n, n, HEADS, BLOCKS,
-    p: tl.constexpr, P: tl.constexpr, PARTS: tl.constexpr, SHARES: tl.constexpr, BN: tl.constexpr,
+    p_q, p_order, p_length, p_blocks, p_out, stride_b, stride_h, stride_n, order_stride_b, order_stride_h, HEADS,
+    BLOCKS,
+    p: tl.constexpr, P: tl.constexpr, PARTS: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """What some queries of a part of a block give to its mean."""
-    i_bh, i_part, i_share = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    """The mean query of a part of a block."""
+    i_bh, i_part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     i_b, i_h = i_bh // HEADS, i_bh % HEADS
     length, blocks = tl.load(p_length + i_b).to(tl.int64), tl.load(p_blocks + i_b).to(tl.int64)
     i_block, i_part = i_part // PARTS, i_part % PARTS
@@ -39,14 +39,15 @@ def mean_kernel(
     first, last = begin, begin  # a part that there is not
     if i_part < parts:
         first, last = begin + tl.cdiv(i_part * size, parts), begin + tl.cdiv((i_part + 1) * size, parts)
-    for start in range(first + i_share * BN, last, SHARES * BN):
+    for start in range(first, last, BN):
         o_rank = start + tl.arange(0, BN)
-        o_n = tl.load(p_order + i_bh * n + o_rank, mask=o_rank < last, other=0)
+        o_n = tl.load(p_order + i_b * order_stride_b + i_h * order_stride_h + o_rank, mask=o_rank < last, other=0)
         # [BN, P]
         b_q = load_rows(p_q + i_b * stride_b + i_h * stride_h, stride_n, o_n, o_rank < last, o_p, o_p < p)
         b_sum += tl.sum(b_q.to(tl.float32), 0)
-    p_row = p_out + (((i_bh * SHARES + i_share) * BLOCKS + i_block) * PARTS + i_part) * p
-    tl.store(p_row + o_p, b_sum / tl.maximum(last - first, 1).to(tl.float32), mask=o_p < p)
+    b_mean = b_sum / tl.maximum(last - first, 1).to(tl.float32)
+    p_row = p_out + ((i_bh * BLOCKS + i_block) * PARTS + i_part) * p
+    tl.store(p_row + o_p, b_mean.to(p_out.dtype.element_ty), mask=o_p < p)
 
 
 @triton.jit
@@ -111,7 +112,7 @@ def block_means(query: Tensor, order: Tensor, blocks: int, parts: int, layout: L
 
     Args:
         query: `[B, H, n_q, p]`, last stride 1.
-        order: `[B, H, n_q]` int32, see `Selection.order`.
+        order: `[B, H, n_q]` int32, last stride 1, see `Selection.order`; without marks.
         blocks: Most blocks that a sequence has.
         parts: Parts per block; a sequence whose smallest block is smaller has fewer of them.
         layout: The layout.
@@ -120,14 +121,14 @@ def block_means(query: Tensor, order: Tensor, blocks: int, parts: int, layout: L
         `[B, H, blocks, parts, p]` in the dtype of `query`; zero for a part that a sequence lacks,
         undefined for a block.
     """
-    batch, heads, n, p = query.shape
-    out = torch.empty(batch, heads, SHARES, blocks, parts, p, dtype=torch.float32, device=query.device)
+    batch, heads, _, p = query.shape
+    out = query.new_empty(batch, heads, blocks, parts, p)
     conf = config("points", padded(p), like=query)
-    mean_kernel[(batch * heads, blocks * parts, SHARES)](
-        query, order, layout.query_length, layout.blocks, out, *query.stride()[:3], n, heads, blocks,
-        p=p, P=padded(p), PARTS=parts, SHARES=SHARES, BN=conf.keys, num_warps=conf.warps, num_stages=conf.stages,
+    mean_kernel[(batch * heads, blocks * parts)](
+        query, order, layout.query_length, layout.blocks, out, *query.stride()[:3], *order.stride()[:2], heads, blocks,
+        p=p, P=padded(p), PARTS=parts, BN=conf.keys, num_warps=conf.warps, num_stages=conf.stages,
     )  # fmt: skip
-    return out.sum(2).to(query.dtype)
+    return out
 
 
 def log_sum_exp(pilots: Tensor, key: Tensor, bias: Tensor | None, scale: float, layout: Layout) -> Tensor:
@@ -156,24 +157,23 @@ def log_sum_exp(pilots: Tensor, key: Tensor, bias: Tensor | None, scale: float, 
     return out.logsumexp(2)
 
 
-def random_rows(query: Tensor, count: int, random_key: int, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
+def random_rows(query: Tensor, count: int, random_key: int, layout: Layout) -> tuple[Tensor, Tensor]:
     """Rows drawn uniformly with replacement (step 1 of Algorithm 1), those of `sketch.pilots.random_rows`.
 
     Args:
-        query: `[B, H, n_q, p]`.
+        query: `[B, H, n_q, p]`, only its shape and device are used.
         count: How many.
         random_key: Of `random.random_key`.
         layout: The layout.
 
     Returns:
-        The rows `[B, H, count, p]`, their positions `[B, H, count]` int32, and the same with -1 in place of what has
-        come before.
+        Positions `[B, H, count]` int32, and the same with -1 in place of what has come before.
     """
-    batch, heads, n, p = query.shape
+    batch, heads, n, _ = query.shape
     rows = torch.empty(batch, heads, count, dtype=torch.int32, device=query.device)
     distinct = torch.empty_like(rows)
     pilot_rows_kernel[(batch * heads,)](
         layout.query_index, layout.query_length, rows, distinct, n, heads, count, random_key,
         M=padded(count), BM=16, num_warps=4,
     )  # fmt: skip
-    return query.gather(2, rows.long()[..., None].expand(-1, -1, -1, p)), rows, distinct
+    return rows, distinct

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .covariance import covariance, finite
 from .layout import Layout
-from .tiles import config, dot, load_rows, padded, precision
+from .tiles import bin_of_rank, config, dot, load_rows, padded, precision
 
 
 COMPONENTS = 8
@@ -137,14 +137,6 @@ def points_kernel(
 
 
 @triton.jit
-def bin_of_rank(b_histogram, rank):
-    """The first bin up to and with which there are at least `rank` entries, and how many are below it."""
-    b_cumulative = tl.cumsum(b_histogram, 0)
-    b_below = b_cumulative < rank
-    return tl.sum(b_below.to(tl.int32), 0), tl.max(tl.where(b_below, b_cumulative, 0), 0)
-
-
-@triton.jit
 def load_codes(p_points, p_in, o_rank, m_rank, mean, unit):
     """Queries at some ranks, and their coordinates as 16-bit integers."""
     o_n = tl.load(p_in + o_rank, mask=m_rank, other=0)
@@ -256,7 +248,7 @@ def route(query: Tensor, key: Tensor, blocks: int, layout: Layout) -> Tensor:
     """
     batch, heads, n, p = query.shape
     if blocks == 1:
-        return layout.query_index[:, None].expand(-1, heads, -1).contiguous()
+        return layout.query_index[:, None].expand(-1, heads, -1)
     points = torch.empty(batch, heads, COMPONENTS, n, dtype=torch.float32, device=query.device)
     conf, chunks = config("points", padded(p), like=query), triton.cdiv(n, CHUNK)
     points_kernel[(batch * heads * chunks,)](

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
 from . import exact_rows as exact
 from . import strata
-from .columns import block_bias, draw_scores, top_columns
+from .columns import block_columns, draw_scores, shared_columns
 from .covariance import covariance
-from .layout import Layout, Selection
+from .layout import Layout, Selection, mark_exact
 from .pilots import block_means, log_sum_exp, random_rows
 from .random import random_key
 from .routing import route
@@ -24,12 +23,11 @@ def adaptive(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    key_mean: Tensor,
-    value_mean: Tensor,
     layout: Layout,
     *,
     scale: float,
     blocks: int,
+    room: int,
     num_columns: int,
     num_strata: int,
     num_pilots: int = 1,
@@ -37,18 +35,17 @@ def adaptive(
     uniform: bool = False,
     seed: int = 0,
     layer: int = 0,
-) -> Selection:
+) -> tuple[Tensor, Tensor, Selection]:
     """Routed blocks, each with the columns that its pilots and the values make matter; `sketch.adaptive.select`.
 
     Args:
         query: `[B, H, n_q, p]`, last stride 1.
         key: `[B, HK, n_k, p]`, last stride 1.
         value: `[B, HK, n_k, pv]`, last stride 1.
-        key_mean: `[B, HK, p]` float32, over the valid keys.
-        value_mean: `[B, HK, pv]` float32, likewise.
         layout: Where the valid tokens are, and how many blocks they make.
         scale: Multiplies the logits.
         blocks: Most blocks of a sequence of the padded length, a power of two.
+        room: Blocks that the columns have room for.
         num_columns: Columns per block, fewer than the valid keys of every sequence that is sketched.
         num_strata: Strata per key head.
         num_pilots: Parts of each block whose means are its pilots.
@@ -58,37 +55,31 @@ def adaptive(
         layer: Likewise.
 
     Returns:
-        The selection.
+        The means of keys `[B, HK, p]` and of values `[B, HK, pv]`, float32; and the selection.
     """
-    heads = query.shape[1]
+    key_mean, value_mean, *exact_results = exact.rows_and_means(query, key, value, exact_rows, layout, scale)
     order = route(query, key, blocks, layout)
     if uniform:
-        score = draw_scores(None, key, value, heads, scale, random_key(seed, layer), exact_rows, layout)
-        columns = top_columns(None, key, score, score, num_columns, scale, layout).expand(-1, -1, blocks, -1)
+        score = draw_scores(None, query, key, value, scale, random_key(seed, layer), exact_rows, layout)
+        columns = shared_columns(score, num_columns, layout).expand(-1, -1, room, -1).contiguous()
+        stratum = strata.assign(key, key_mean, num_strata, layout)
     else:
         pilots = block_means(query, order, blocks, num_pilots, layout)
         spread = covariance(
             query, order, layout.query_length, layout.blocks, sample=SAMPLE, pilots=pilots, factor=scale**2 / 2
         )
-        bias = block_bias(key, value, key_mean, value_mean, spread, exact_rows, num_pilots > 1, layout)
-        columns = top_columns(pilots, key, *bias, num_columns, scale, layout)
-    rows = layout.query_index[:, :exact_rows]
-    rank = torch.arange(rows.shape[1], device=rows.device)
-    rows = rows.masked_fill(rank >= layout.query_length[:, None], -1)
-    return Selection(
-        order,
-        columns.contiguous(),
-        rows[:, None].expand(-1, heads, -1).contiguous(),
-        strata.assign(key, key_mean, num_strata, layout),
-        *_no_rows(query, value),
-    )
+        means = strata.means(key, key_mean, num_strata, layout)
+        columns, stratum = block_columns(
+            pilots, key, value, key_mean, value_mean, spread, means, num_columns, scale, exact_rows, room, layout
+        )
+    order, rows = mark_exact(order, exact_rows, layout)
+    return key_mean, value_mean, Selection(order, columns, rows, stratum, *exact_results)
 
 
 def skeinformer(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    key_mean: Tensor,
     layout: Layout,
     *,
     scale: float,
@@ -99,7 +90,7 @@ def skeinformer(
     uniform: bool = False,
     seed: int = 0,
     layer: int = 0,
-) -> Selection:
+) -> tuple[Tensor, Tensor, Selection]:
     """Steps 1 to 3 of Algorithm 1 of the paper, with the random numbers of `sketch.skeinformer.select`; one block.
 
     Args:
@@ -107,29 +98,21 @@ def skeinformer(
         pilot_reutilization: Whether these are exact rows.
         uniform: Draw all columns with the same probability.
 
-    The others are those of `adaptive`.
+    The others, and the result, are those of `adaptive`.
     """
     numbers = random_key(seed, layer)
-    pilots, positions, distinct = random_rows(query, num_pilots, numbers, layout)
-    exact_output, exact_lse = _no_rows(query, value)
+    positions, distinct = random_rows(query, num_pilots, numbers, layout)
+    rows = positions if pilot_reutilization else 0
+    key_mean, value_mean, exact_output, exact_lse = exact.rows_and_means(query, key, value, rows, layout, scale)
     if uniform:
         looked_at = None
-    elif pilot_reutilization:  # one pass gives their result, and their mass
-        exact_output, exact_lse = exact.listed_rows(query, key, value, positions, layout, scale)
-        looked_at = pilots, exact_lse * math.log(2)
+    elif pilot_reutilization:
+        looked_at = positions, exact_lse
     else:
-        looked_at = pilots, log_sum_exp(pilots, key, None, scale, layout)
-    score = draw_scores(looked_at, key, value, query.shape[1], scale, numbers, 0, layout)
-    return Selection(
-        route(query, key, 1, layout),
-        top_columns(None, key, score, score, num_columns, scale, layout),
-        distinct if pilot_reutilization else distinct[..., :0].contiguous(),
-        strata.assign(key, key_mean, num_strata, layout),
-        exact_output,
-        exact_lse,
-    )
-
-
-def _no_rows(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    out = query.new_empty(*query.shape[:2], 0, value.shape[-1], dtype=torch.float32)
-    return out, out.new_empty(out.shape[:-1])
+        pilots = query.gather(2, positions.long()[..., None].expand(-1, -1, -1, query.shape[-1]))
+        looked_at = positions, log_sum_exp(pilots, key, None, scale, layout) / math.log(2)
+    score = draw_scores(looked_at, query, key, value, scale, numbers, 0, layout)
+    columns = shared_columns(score, num_columns, layout)
+    order, rows = mark_exact(route(query, key, 1, layout), distinct if pilot_reutilization else 0, layout)
+    stratum = strata.assign(key, key_mean, num_strata, layout)
+    return key_mean, value_mean, Selection(order, columns, rows, stratum, exact_output, exact_lse)

@@ -31,13 +31,18 @@ ON_ROCM = torch.version.hip is not None
 
 # By kernel, then by the largest (padded) head dimension that a configuration serves.
 CONFIGS: dict[str, dict[int, Config]] = {
-    "moments": {64: Config(0, 64, 4, 2), 128: Config(0, 32, 8, 2), 256: Config(0, 32, 8, 2), 512: Config(0, 16, 8, 1)},
     "totals": {
         128: Config(64, 16, 8, 2),
-        256: Config(64, 32, 8, 1),
+        256: Config(32, 32, 8, 1),
         512: Config(32, 16, 8, 1),
     },
     "blocks": {64: Config(64, 32, 4, 2), 128: Config(64, 32, 4, 2), 256: Config(32, 32, 8, 1)},
+    "residual": {
+        64: Config(64, 32, 8, 2),
+        128: Config(64, 16, 8, 2),
+        256: Config(32, 32, 8, 1),
+        512: Config(32, 16, 8, 1),
+    },
     "forward": {
         64: Config(64, 64, 4, 2),
         128: Config(64, 32, 8, 2),
@@ -75,18 +80,23 @@ CONFIGS: dict[str, dict[int, Config]] = {
         256: Config(16, 32, 8, 1),
         512: Config(16, 16, 8, 1),
     },
-    "bias": {64: Config(0, 64, 4, 2), 128: Config(0, 32, 8, 2), 256: Config(0, 32, 8, 1), 512: Config(0, 16, 8, 1)},
-    "select": {
-        64: Config(16, 64, 4, 2),
-        128: Config(16, 32, 4, 2),
-        256: Config(16, 32, 4, 2),
-        512: Config(16, 16, 4, 1),
+    "score": {
+        64: Config(16, 64, 8, 2),
+        128: Config(32, 32, 8, 2),
+        256: Config(16, 32, 8, 1),
+        512: Config(16, 16, 8, 1),
     },
-    "strata": {64: Config(0, 64, 8, 2), 128: Config(0, 16, 8, 2), 256: Config(0, 16, 8, 1), 512: Config(0, 16, 8, 1)},
+    "strata": {64: Config(0, 64, 4, 2), 128: Config(0, 16, 8, 2), 256: Config(0, 16, 8, 1), 512: Config(0, 16, 8, 1)},
     "exact": {
         64: Config(64, 64, 4, 2),
         128: Config(64, 32, 8, 2),
         256: Config(32, 32, 8, 1),
+        512: Config(16, 16, 8, 1),
+    },
+    "exact_keys": {
+        64: Config(64, 32, 8, 2),
+        128: Config(64, 16, 8, 2),
+        256: Config(32, 16, 8, 1),
         512: Config(16, 16, 8, 1),
     },
 }
@@ -95,10 +105,11 @@ CONFIGS: dict[str, dict[int, Config]] = {
 def config(kernel: str, *head_dims: int, like: Tensor | None = None, dropout: float = 0.0) -> Config:
     """The configuration of a kernel for some (padded) head dimensions.
 
-    Numbers of float32 take the room of two; where a weight may be dropped, random numbers take registers, hence warps.
+    Numbers of float32 count four times, because they are multiplied from registers; where a weight may be dropped,
+    random numbers take registers, hence warps.
     """
-    largest = max(head_dims) * (2 if like is not None and like.dtype == torch.float32 else 1)
-    found = next(c for limit, c in CONFIGS[kernel].items() if largest <= limit)
+    largest = max(head_dims) * (4 if like is not None and like.dtype == torch.float32 else 1)
+    found = next(c for limit, c in CONFIGS[kernel].items() if min(largest, 512) <= limit)
     if dropout:
         found = found._replace(rows=max(16, found.rows // 2), warps=8)
     return found._replace(warps=min(found.warps, 4)) if ON_ROCM else found  # a warp has twice as many threads there
@@ -170,3 +181,11 @@ def kept(p_seed, rate, row, b_keys, n_keys):
     """
     b_random = tl.rand(tl.load(p_seed), row.to(tl.int64) * n_keys + b_keys)
     return tl.where(b_random >= rate, 1.0 / tl.maximum(1.0 - rate, 1e-30), 0.0)
+
+
+@triton.jit
+def bin_of_rank(b_histogram, rank):
+    """The first bin up to and with which there are at least `rank` entries, and how many are below it."""
+    b_cumulative = tl.cumsum(b_histogram, 0)
+    b_below = b_cumulative < rank
+    return tl.sum(b_below.to(tl.int32), 0), tl.max(tl.where(b_below, b_cumulative, 0), 0)

@@ -57,7 +57,7 @@ DTYPES = {
 
 HEAD_DIMS = (64, 128, 256)  # which take every configuration of `tiles.CONFIGS`
 
-# Bytes that ptxas spills by choice, far below the limit of registers, so that more programs run side by side.
+# Bytes per thread that are no problem: ptxas spills so few by choice, mostly far below the limit of registers.
 _CHOSEN_SPILL = 16
 
 # By name: what `skein_attention` is called with, so that every branch of every kernel is compiled.
